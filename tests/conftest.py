@@ -1,0 +1,19 @@
+"""Shared fixtures: real material when it lies beside the repository, and offline hub access always."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    "The folder of real data and models; tests that use it skip, and say so, where it is absent."
+    path = Path(os.environ.get("LLMBOT_SHARED", ROOT.parent / "shared"))
+    if not (path / "models" / "stories260K" / "config.json").exists():
+        pytest.skip(f"no real data at {path}: set LLMBOT_SHARED to run this test")
+    return path
