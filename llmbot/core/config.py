@@ -79,62 +79,62 @@ def head_conflicts(model: "ModelConfig") -> Iterator[Conflict]:
     if model.head_dim and model.head_dim % 2:
         yield Conflict(("head_dim",), "must be even: rotary positions turn pairs of numbers")
 
-# %% ../../nbs/core/01_config.ipynb #b18dca99
+# %% ../../nbs/core/01_config.ipynb #527bda34
 @section("model")
 @dataclass(kw_only=True, config=STRICT)
 class ModelConfig:
     "Which model to start from, or the shape of a new one, and how it is loaded."
-    base: Name | None = Field(None, description="Bot to start from: a path or hf:OWNER/NAME. Unset: a new model")
-    preset: Name | None = Field(None, description="Named shape of a new model; `llmbot models presets` lists them")
-    depth: Size | None = Field(None, description="Layers of a new model; width, heads and learning rate follow from it")
-    hidden_size: Size | None = Field(None, description="Width of a new model")
-    num_hidden_layers: Size | None = Field(None, description="Transformer blocks of a new model")
-    num_attention_heads: Size | None = Field(None, description="Query heads of a new model")
-    num_key_value_heads: Size | None = Field(None, description="Key-value heads (GQA); unset: as many as query heads")
-    head_dim: Size | None = Field(None, description="Size of one head; unset: hidden_size / num_attention_heads")
-    intermediate_size: Size | None = Field(None, description="Width of the feed-forward layer; unset: by the shape rule")
-    vocab_size: int = Field(4096, ge=260, description="Tokens of the tokenizer that a new model trains (256 are bytes)")
-    tokenizer: Name | None = Field(None, description="Bot whose tokenizer a new model takes; unset: train one")
+    base: Name | None = Field(default=None, description="Bot to start from: a path or hf:OWNER/NAME. Unset: a new model")
+    preset: Name | None = Field(default=None, description="Named shape of a new model; `llmbot models presets` lists them")
+    depth: Size | None = Field(default=None, description="Layers of a new model; width, heads and learning rate follow from it")
+    hidden_size: Size | None = Field(default=None, description="Width of a new model")
+    num_hidden_layers: Size | None = Field(default=None, description="Transformer blocks of a new model")
+    num_attention_heads: Size | None = Field(default=None, description="Query heads of a new model")
+    num_key_value_heads: Size | None = Field(default=None, description="Key-value heads (GQA); unset: as many as query heads")
+    head_dim: Size | None = Field(default=None, description="Size of one head; unset: hidden_size / num_attention_heads")
+    intermediate_size: Size | None = Field(default=None, description="Width of the feed-forward layer; unset: by the shape rule")
+    vocab_size: int = Field(default=4096, ge=260, description="Tokens of the tokenizer that a new model trains (256 are bytes)")
+    tokenizer: Name | None = Field(default=None, description="Bot whose tokenizer a new model takes; unset: train one")
     chat_template: Literal["auto", "own", "chatml"] = Field(
-        "auto", description="Chat format: the tokenizer's own, ChatML, or auto: its own where it has one, else ChatML")
-    max_position_embeddings: int = Field(2048, ge=8, description="Context length of a new model, in tokens")
+        default="auto", description="Chat format: the tokenizer's own, ChatML, or auto: its own where it has one, else ChatML")
+    max_position_embeddings: int = Field(default=2048, ge=8, description="Context length of a new model, in tokens")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Type of the loaded weights; auto: as saved, float32 where the device lacks it")
-    device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$",
+        default="auto", description="Type of the loaded weights; auto: as saved, float32 where the device lacks it")
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$",
                         json_schema_extra={"expected": "auto, cpu, mps, cuda or cuda:N"},
                         description="Where it runs; auto: the first there is of cuda, mps, cpu")
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = Field(
-        "sdpa", description="Attention kernel of transformers; sdpa (PyTorch's own) runs everywhere")
-    revision: Name | None = Field(None, description="Branch, tag or commit of a hub model; unset: its main branch")
+        default="sdpa", description="Attention kernel of transformers; sdpa (PyTorch's own) runs everywhere")
+    revision: Name | None = Field(default=None, description="Branch, tag or commit of a hub model; unset: its main branch")
 
     @model_validator(mode="after")
     def _refuse_conflicts(self) -> Self:
         refuse(model_conflicts(self))
         return self
 
-# %% ../../nbs/core/01_config.ipynb #fb4c8e05
+# %% ../../nbs/core/01_config.ipynb #ca0db382
 @dataclass(kw_only=True, config=STRICT)
 class OptimizationConfig:
     "How the weights are moved: the settings every training method shares."
     learning_rate: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="Peak learning rate; unset: the method's own default")
-    num_train_epochs: float = Field(1.0, gt=0, description="Passes over the data; max_steps, where set, wins")
-    max_steps: Size | None = Field(None, description="Optimizer steps to train, whatever the number of rows")
+        default=None, description="Peak learning rate; unset: the method's own default")
+    num_train_epochs: float = Field(default=1.0, gt=0, description="Passes over the data; max_steps, where set, wins")
+    max_steps: Size | None = Field(default=None, description="Optimizer steps to train, whatever the number of rows")
     max_minutes: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="Stop cleanly after this many minutes, with the bot written")
-    per_device_batch_size: Size = Field(8, description="Sequences per step and device (8: transformers' default)")
-    per_device_eval_batch_size: Size | None = Field(None, description="The same in evaluation; unset: as in training")
-    gradient_accumulation_steps: Size = Field(1, description="Batches whose gradients make one optimizer step")
+        default=None, description="Stop cleanly after this many minutes, with the bot written")
+    per_device_batch_size: Size = Field(default=8, description="Sequences per step and device (8: transformers' default)")
+    per_device_eval_batch_size: Size | None = Field(default=None, description="The same in evaluation; unset: as in training")
+    gradient_accumulation_steps: Size = Field(default=1, description="Batches whose gradients make one optimizer step")
     optimizer: Literal["adamw_torch", "adamw_torch_fused", "adafactor", "sgd"] = Field(
-        "adamw_torch_fused", description="Optimizer by its name in transformers")
-    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay (0: transformers' default)")
-    adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's memory of gradients (0.9: Adam paper)")
-    adam_beta2: float = Field(0.95, ge=0, lt=1, description="AdamW's memory of squares (0.95: GPT-3, Llama; Adam: 0.999)")
-    max_grad_norm: float = Field(1.0, ge=0, description="Clip gradients to this norm; 0: never (1: GPT-3)")
+        default="adamw_torch_fused", description="Optimizer by its name in transformers")
+    weight_decay: float = Field(default=0.0, ge=0, description="Decoupled weight decay (0: transformers' default)")
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW's memory of gradients (0.9: Adam paper)")
+    adam_beta2: float = Field(default=0.95, ge=0, lt=1, description="AdamW's memory of squares (0.95: GPT-3, Llama; Adam: 0.999)")
+    max_grad_norm: float = Field(default=1.0, ge=0, description="Clip gradients to this norm; 0: never (1: GPT-3)")
     lr_scheduler_type: Literal["cosine", "cosine_with_min_lr", "linear", "constant", "constant_with_warmup"] = Field(
-        "cosine", description="Course of the learning rate after the warm-up")
-    min_lr_ratio: float = Field(0.1, ge=0, le=1, description="cosine_with_min_lr ends at this share of the peak")
-    warmup_steps: float = Field(0.03, ge=0, description="Steps of linear warm-up; below 1: a share of all steps")
+        default="cosine", description="Course of the learning rate after the warm-up")
+    min_lr_ratio: float = Field(default=0.1, ge=0, le=1, description="cosine_with_min_lr ends at this share of the peak")
+    warmup_steps: float = Field(default=0.03, ge=0, description="Steps of linear warm-up; below 1: a share of all steps")
 
 # %% ../../nbs/core/01_config.ipynb #58715c80
 def training_conflicts(training: "TrainingConfig") -> Iterator[Conflict]:
@@ -151,30 +151,30 @@ def training_conflicts(training: "TrainingConfig") -> Iterator[Conflict]:
     if not training.optimizer.startswith("adamw") and (betas := changed(training, "adam_beta1", "adam_beta2")):
         yield Conflict(("optimizer", *betas), "the betas belong to AdamW, and this is another optimizer: drop them")
 
-# %% ../../nbs/core/01_config.ipynb #77909f64
+# %% ../../nbs/core/01_config.ipynb #f32a2d9a
 @section("training")
 @dataclass(kw_only=True, config=STRICT)
 class TrainingConfig(OptimizationConfig):
     "What is trained, where the bot goes, and how the run is watched and kept."
-    method: Name = Field("sft", description="Training method by its registered name, such as scratch or sft")
-    output_dir: Name = Field("bots/my-bot", description="Directory of the finished bot")
-    overwrite: bool = Field(False, description="Replace a bot that is already there")
+    method: Name = Field(default="sft", description="Training method by its registered name, such as scratch or sft")
+    output_dir: Name = Field(default="bots/my-bot", description="Directory of the finished bot")
+    overwrite: bool = Field(default=False, description="Replace a bot that is already there")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        "auto", description="Arithmetic of the forward pass; auto: bf16 where the device is fast at it, else fp32")
-    gradient_checkpointing: bool = Field(False, description="Recompute activations: less memory, about a third slower")
-    packing: bool = Field(True, description="Fill each sequence with several documents that do not see each other")
-    logging_steps: Size = Field(10, description="Steps between two points of the loss curve")
-    eval_steps: Size | None = Field(None, description="Steps between two evaluations on held-out rows; unset: at the end")
-    save_steps: Size = Field(200, description="Steps between two checkpoints, from which --resume goes on")
-    save_total_limit: Size = Field(2, description="Checkpoints kept; older ones are removed")
-    seed: int = Field(42, ge=0, le=2**32 - 1, description="Seed of new weights, the order of rows and dropout")
+        default="auto", description="Arithmetic of the forward pass; auto: bf16 where the device is fast at it, else fp32")
+    gradient_checkpointing: bool = Field(default=False, description="Recompute activations: less memory, about a third slower")
+    packing: bool = Field(default=True, description="Fill each sequence with several documents that do not see each other")
+    logging_steps: Size = Field(default=10, description="Steps between two points of the loss curve")
+    eval_steps: Size | None = Field(default=None, description="Steps between two evaluations on held-out rows; unset: at the end")
+    save_steps: Size = Field(default=200, description="Steps between two checkpoints, from which --resume goes on")
+    save_total_limit: Size = Field(default=2, description="Checkpoints kept; older ones are removed")
+    seed: int = Field(default=42, ge=0, le=2**32 - 1, description="Seed of new weights, the order of rows and dropout")
 
     @model_validator(mode="after")
     def _refuse_conflicts(self) -> Self:
         refuse(training_conflicts(self))
         return self
 
-# %% ../../nbs/core/01_config.ipynb #b689020f
+# %% ../../nbs/core/01_config.ipynb #0cc38dab
 def data_conflicts(data: "DataConfig") -> Iterator[Conflict]:
     "What contradicts what in the data section."
     if data.validation and data.validation_split and changed(data, "validation_split"):
@@ -193,23 +193,23 @@ class DataConfig:
     train: Names = Field(default_factory=list, description="Files, directories or hub data sets (hf:OWNER/NAME)")
     validation: Names = Field(default_factory=list, description="The same for held-out rows; unset: validation_split")
     format: Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt", "chatterbot", "text", "preference",
-                    "oasst"] = Field("auto", description="How a row is laid out; auto: recognised row by row")
+                    "oasst"] = Field(default="auto", description="How a row is laid out; auto: recognised row by row")
     columns: dict[str, str] = Field(default_factory=dict, description="Expected name: name of the column in the file")
-    split: Name = Field("train", description="Split of a hub data set to train on")
-    validation_split: float = Field(0.05, ge=0, lt=1, description="Share of 'train' held out while 'validation' is empty")
-    split_seed: int = Field(42, ge=0, le=2**32 - 1, description="Seed of that split; rows of one prompt stay together")
-    max_rows: Size | None = Field(None, description="Read no more than this many rows; unset: all")
+    split: Name = Field(default="train", description="Split of a hub data set to train on")
+    validation_split: float = Field(default=0.05, ge=0, lt=1, description="Share of 'train' held out while 'validation' is empty")
+    split_seed: int = Field(default=42, ge=0, le=2**32 - 1, description="Seed of that split; rows of one prompt stay together")
+    max_rows: Size | None = Field(default=None, description="Read no more than this many rows; unset: all")
     max_seq_length: Annotated[int, Field(ge=8)] | None = Field(
-        None, description="Tokens in a sequence; unset: the model's context, at most 1024")
-    on_bad_row: Literal["drop", "raise"] = Field("drop", description="A row that cannot be used: count it, or stop")
+        default=None, description="Tokens in a sequence; unset: the model's context, at most 1024")
+    on_bad_row: Literal["drop", "raise"] = Field(default="drop", description="A row that cannot be used: count it, or stop")
     on_overlong: Literal["drop", "truncate_left", "truncate_right", "split"] = Field(
-        "drop", description="A row longer than max_seq_length; whatever happens to it is counted")
+        default="drop", description="A row longer than max_seq_length; whatever happens to it is counted")
     train_on: Literal["assistant", "last_assistant", "all"] = Field(
-        "assistant", description="Which tokens of a conversation are learned: answers, the last answer, everything")
-    system_prompt: Name | None = Field(None, description="System message for conversations that have none")
+        default="assistant", description="Which tokens of a conversation are learned: answers, the last answer, everything")
+    system_prompt: Name | None = Field(default=None, description="System message for conversations that have none")
     variables: dict[str, str] = Field(default_factory=dict, description="Values for {{name}} in the rows")
-    streaming: bool = Field(False, description="Read while training, for data larger than memory; needs max_steps")
-    cache_dir: Name | None = Field(None, description="Where tokenized data is kept; unset: the user's cache directory")
+    streaming: bool = Field(default=False, description="Read while training, for data larger than memory; needs max_steps")
+    cache_dir: Name | None = Field(default=None, description="Where tokenized data is kept; unset: the user's cache directory")
 
     @model_validator(mode="after")
     def _refuse_conflicts(self) -> Self:
@@ -235,38 +235,38 @@ def serving_conflicts(serving: "ServingConfig") -> Iterator[Conflict]:
     if len(set(serving.models)) < len(serving.models):
         yield Conflict(("models",), "the same bot is listed twice")
 
-# %% ../../nbs/core/01_config.ipynb #a7a528eb
+# %% ../../nbs/core/01_config.ipynb #29ba59bf
 @section("serving")
 @dataclass(kw_only=True, config=STRICT)
 class ServingConfig:
     "Which bots are served, to whom, and within which limits."
     models: Names = Field(default_factory=list, description="Bots to serve; the first answers when none is asked for")
-    backend: Name = Field("torch", description="Engine by its registered name")
-    host: Name = Field("127.0.0.1", description="Address to listen on; other than loopback needs a token")
-    port: int = Field(8000, ge=0, le=65535, description="TCP port; 0: any free one")
-    token: Token | None = Field(None, description="Bearer token that every request must bring", json_schema_extra={
+    backend: Name = Field(default="torch", description="Engine by its registered name")
+    host: Name = Field(default="127.0.0.1", description="Address to listen on; other than loopback needs a token")
+    port: int = Field(default=8000, ge=0, le=65535, description="TCP port; 0: any free one")
+    token: Token | None = Field(default=None, description="Bearer token that every request must bring", json_schema_extra={
         "expected": "at least 8 visible ASCII characters, without spaces"})
     cors_origins: Origins = Field(default_factory=list, description="Web pages that may call the API; *: any page",
                                   json_schema_extra={"expected": "origins such as https://chat.example.org, or *"})
-    max_concurrent_requests: Size = Field(8, json_schema_extra=MUTABLE, description="Answers generated at a time")
-    max_queue_size: int = Field(64, ge=0, json_schema_extra=MUTABLE,
+    max_concurrent_requests: Size = Field(default=8, json_schema_extra=MUTABLE, description="Answers generated at a time")
+    max_queue_size: int = Field(default=64, ge=0, json_schema_extra=MUTABLE,
                                 description="Requests that may wait; above that they are refused with 429")
-    request_timeout_s: float = Field(120, gt=0, json_schema_extra=MUTABLE, description="Seconds for a whole answer")
-    max_new_tokens: Size = Field(256, json_schema_extra=MUTABLE, description="Length of an answer, unless asked for")
-    max_new_tokens_limit: Size = Field(4096, json_schema_extra=MUTABLE, description="Longest answer one may ask for")
-    temperature: float = Field(0.7, ge=0, le=2, json_schema_extra=MUTABLE,
+    request_timeout_s: float = Field(default=120, gt=0, json_schema_extra=MUTABLE, description="Seconds for a whole answer")
+    max_new_tokens: Size = Field(default=256, json_schema_extra=MUTABLE, description="Length of an answer, unless asked for")
+    max_new_tokens_limit: Size = Field(default=4096, json_schema_extra=MUTABLE, description="Longest answer one may ask for")
+    temperature: float = Field(default=0.7, ge=0, le=2, json_schema_extra=MUTABLE,
                                description="Randomness, unless asked for; 0: always the likeliest token")
-    top_p: float = Field(0.95, gt=0, le=1, json_schema_extra=MUTABLE,
+    top_p: float = Field(default=0.95, gt=0, le=1, json_schema_extra=MUTABLE,
                          description="Sample from the likeliest tokens that reach this share together, unless asked for")
-    max_body_bytes: Size = Field(1_000_000, description="Largest request body, in bytes")
-    log_level: Literal["critical", "error", "warning", "info", "debug"] = Field("info", description="Server log level")
+    max_body_bytes: Size = Field(default=1_000_000, description="Largest request body, in bytes")
+    log_level: Literal["critical", "error", "warning", "info", "debug"] = Field(default="info", description="Server log level")
 
     @model_validator(mode="after")
     def _refuse_conflicts(self) -> Self:
         refuse(serving_conflicts(self))
         return self
 
-# %% ../../nbs/core/01_config.ipynb #9c0a2914
+# %% ../../nbs/core/01_config.ipynb #ec0efc27
 def monitoring_conflicts(monitoring: "MonitoringConfig") -> Iterator[Conflict]:
     "What contradicts what in the monitoring section."
     if monitoring.sample_steps and not monitoring.sample_prompts:
@@ -280,10 +280,10 @@ def monitoring_conflicts(monitoring: "MonitoringConfig") -> Iterator[Conflict]:
 class MonitoringConfig:
     "Where metrics of a run go, and what the model is asked on the way."
     trackers: Names = Field(default_factory=lambda: ["tensorboard"], description="Trackers by name; []: none")
-    log_dir: Name | None = Field(None, description="Directory of tracker files; unset: OUTPUT_DIR/runs")
-    run_name: Name | None = Field(None, description="Name of the run in the trackers; unset: the bot's name")
+    log_dir: Name | None = Field(default=None, description="Directory of tracker files; unset: OUTPUT_DIR/runs")
+    run_name: Name | None = Field(default=None, description="Name of the run in the trackers; unset: the bot's name")
     sample_prompts: Names = Field(default_factory=list, description="Prompts whose answers are logged during training")
-    sample_steps: Size | None = Field(None, description="Steps between two such samples; unset: at each evaluation")
+    sample_steps: Size | None = Field(default=None, description="Steps between two such samples; unset: at each evaluation")
 
     @model_validator(mode="after")
     def _refuse_conflicts(self) -> Self:

@@ -111,7 +111,7 @@ def settings_of(
             table[prefix + name] = setting(prefix + name, schema["properties"][name], default)
     return table
 
-# %% ../../nbs/core/00_settings.ipynb #416af877
+# %% ../../nbs/core/00_settings.ipynb #cc564da8
 def nearest_key(
     key: str,  # dotted key that does not exist
     known: Iterable[str],  # those that do
@@ -123,6 +123,7 @@ def nearest_key(
     same = [k for k in known if names[k] == name]
     beside = [k for k in known if head and k.startswith(f"{head}.")]
     for pool in (beside, known):
+        same += [k for k in pool if len(name) > 4 and name in names[k]]
         same += difflib.get_close_matches(key, pool, n=1, cutoff=0.8)
         same += [k for n in difflib.get_close_matches(name, [names[k] for k in pool], n=1) for k in pool if names[k] == n]
     return same[0] if same else None

@@ -244,7 +244,7 @@ def _cut_point(decode: Decode, ids: list[int], text: str, sent: str) -> tuple[in
             return start, len(head)
     return 0, 0
 
-# %% ../../nbs/serving/30_backends.ipynb #ecfdac86
+# %% ../../nbs/serving/30_backends.ipynb #41151777
 class IncrementalDetokenizer:
     "Turns tokens into text as they come; what it returns never ends inside a character."
 
@@ -254,7 +254,7 @@ class IncrementalDetokenizer:
         context: Sequence[int] = (),  # the prompt, when the text continues it; its own text is not repeated
     ) -> None:
         self._decode = decode
-        width = next((k for k in (4, 8, 16) if REPLACEMENT not in decode(context[-k:])), 0)
+        width = next((k for k in range(8, 0, -1) if REPLACEMENT not in decode(context[-k:])), 0)
         self._ids = list(context[-width:]) if width else []  # the window
         self._read = len(self._ids)  # how many of its tokens are completely out
         self._sent = decode(self._ids) if self._ids else ""  # how much of its text is out
