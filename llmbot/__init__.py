@@ -1,1 +1,52 @@
+"""From raw data to a chatbot that you trained, own and serve.
+
+The names below are the whole way in one place; each is imported when it is first used, so `import llmbot` stays instant.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
+
+_WHERE = {
+    "Config": "llmbot.core.config",
+    "load_config": "llmbot.core.config_io",
+    "load_bot": "llmbot.core.model_manager",
+    "train": "llmbot.training.trainer",
+    "evaluate_bot": "llmbot.evaluation.evaluate",
+    "ask": "llmbot.serving.torch_backend",
+    "serve": "llmbot.serving.api_server",
+    "LLMBotError": "llmbot.core.errors",
+}
+__all__ = [
+    "Config",
+    "LLMBotError",
+    "ask",
+    "evaluate_bot",
+    "load_bot",
+    "load_config",
+    "serve",
+    "train",
+]
+
+if TYPE_CHECKING:
+    from llmbot.core.config import Config
+    from llmbot.core.config_io import load_config
+    from llmbot.core.errors import LLMBotError
+    from llmbot.core.model_manager import load_bot
+    from llmbot.evaluation.evaluate import evaluate_bot
+    from llmbot.serving.api_server import serve
+    from llmbot.serving.torch_backend import ask
+    from llmbot.training.trainer import train
+
+
+def __getattr__(name: str) -> Any:
+    "Import a public name when it is first used."
+    if name not in _WHERE:
+        raise AttributeError(f"module 'llmbot' has no attribute '{name}'")
+    return getattr(import_module(_WHERE[name]), name)
+
+
+def __dir__() -> list[str]:
+    "The public names, for completion."
+    return sorted([*__all__, "__version__"])

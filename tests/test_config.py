@@ -203,8 +203,15 @@ def test_a_name_stays_as_written(name: str, tmp_path: Path) -> None:
     assert load_config(tmp_path / "r.yaml", env={}).monitoring.run_name == name
 
 
+@pytest.mark.parametrize(("text", "expected"), [
+    ("'null'", "null"), ('"two\\nlines"', "two\nlines"), ("'it''s'", "it's"), ("'a' or 'b'", "'a' or 'b'"), ("'", "'"), ("''x", "''x")])
+def test_an_override_may_be_quoted(text: str, expected: str) -> None:
+    assert load_config(None, [f"data.system_prompt={text}"], {}).data.system_prompt == expected
+    assert load_config(None, (), {"LLMBOT_DATA__SYSTEM_PROMPT": text}).data.system_prompt == expected
+
+
 @QUICK
-@given(text=TEXT | TRICKY)
+@given(text=(TEXT | TRICKY).filter(lambda t: t[0] not in "'\""))
 def test_an_override_takes_any_text(text: str) -> None:
     expected = None if text in ("null", "~") else text
     assert load_config(None, [f"data.system_prompt={text}"], {}).data.system_prompt == expected

@@ -155,7 +155,7 @@ def _end_mark(stop_token: str, match: re.Match[str]) -> str:
     said, stop, rest = body.partition(stop_token) if stop_token else (body, "", "")
     return f"{OPEN}{said}{stop}{CLOSE}{rest}{after}" if stop else f"{OPEN}{body}{after}{CLOSE}"
 
-# %% ../../nbs/core/04_chat.ipynb #385188fa
+# %% ../../nbs/core/04_chat.ipynb #2600cc19
 def lay_out(
     template: ChatTemplate,
     messages: Sequence[Mapping[str, Any]],
@@ -164,7 +164,6 @@ def lay_out(
     continue_final_message: bool = False,
 ) -> str:  # rendered, quoted and marked text
     "Render a conversation and mark its answers; raises `DataError` when it cannot be done truthfully."
-    validate_messages(messages)
     quoted, shown_tools = template.quoted(normalise_messages(messages)), template.quoted(tools)
     if not continue_final_message:
         text = template.render(quoted, shown_tools, add_generation_prompt)
@@ -203,7 +202,7 @@ class RenderedChat:
         "The ids that the assistant wrote."
         return [i for i, on in zip(self.input_ids, self.assistant_mask, strict=True) if on]
 
-# %% ../../nbs/core/04_chat.ipynb #ec71e729
+# %% ../../nbs/core/04_chat.ipynb #42482020
 class ChatFormat:
     "How one bot's conversations become token ids: its template, its assistant mask, its stop tokens."
 
@@ -229,7 +228,8 @@ class ChatFormat:
         add_generation_prompt: bool = False,  # end with the opening of an answer
         continue_final_message: bool = False,  # leave the last message open, for the model to go on
     ) -> RenderedChat:
-        "Render one conversation; raises `DataError` when the template refuses it, `BotError` when there is none."
+        "Render one conversation; raises `DataError` when it is none or the template refuses it, `BotError` without a template."
+        validate_messages(messages)
         return self._encode([lay_out(self.template, messages, tools, add_generation_prompt, continue_final_message)])[0]
 
     @property

@@ -258,17 +258,22 @@ class LiteralEncoder:
         batch = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [_split_marks(e.ids, *self.marks) for e in batch]
 
-# %% ../../nbs/core/03_chat_template.ipynb #2015ffbd
-def _split_marks(ids: list[int], open_id: int | None, close_id: int | None) -> tuple[list[int], list[int]]:
+# %% ../../nbs/core/03_chat_template.ipynb #706db635
+def _split_marks(ids: list[int], open_id: Any, close_id: Any) -> tuple[list[int], list[int]]:
     "Take the marks out of `ids`, and say of each other token whether it stood between them."
     kept: list[int] = []
     mask: list[int] = []
     done, on = 0, 0
-    for at in [i for i, token in enumerate(ids) if token in (open_id, close_id)] + [len(ids)]:
+    while True:
+        try:
+            at = ids.index(close_id if on else open_id, done)  # marks come in pairs; the search of a list runs in C
+        except ValueError:
+            at = len(ids)
         kept += ids[done:at]
         mask += [on] * (at - done)
-        done, on = at + 1, int(at < len(ids) and ids[at] == open_id)
-    return kept, mask
+        if at == len(ids):
+            return kept, mask
+        done, on = at + 1, 1 - on
 
 
 def _name(token_id: int) -> str:

@@ -79,7 +79,7 @@ def head_conflicts(model: "ModelConfig") -> Iterator[Conflict]:
     if model.head_dim and model.head_dim % 2:
         yield Conflict(("head_dim",), "must be even: rotary positions turn pairs of numbers")
 
-# %% ../../nbs/core/01_config.ipynb #527bda34
+# %% ../../nbs/core/01_config.ipynb #74c42d68
 @section("model")
 @dataclass(kw_only=True, config=STRICT)
 class ModelConfig:
@@ -93,7 +93,7 @@ class ModelConfig:
     num_key_value_heads: Size | None = Field(default=None, description="Key-value heads (GQA); unset: as many as query heads")
     head_dim: Size | None = Field(default=None, description="Size of one head; unset: hidden_size / num_attention_heads")
     intermediate_size: Size | None = Field(default=None, description="Width of the feed-forward layer; unset: by the shape rule")
-    vocab_size: int = Field(default=4096, ge=260, description="Tokens of the tokenizer that a new model trains (256 are bytes)")
+    vocab_size: int = Field(default=4096, ge=259, description="Tokens of the tokenizer that a new model trains (256 are bytes, 3 control)")
     tokenizer: Name | None = Field(default=None, description="Bot whose tokenizer a new model takes; unset: train one")
     chat_template: Literal["auto", "own", "chatml"] = Field(
         default="auto", description="Chat format: the tokenizer's own, ChatML, or auto: its own where it has one, else ChatML")
@@ -266,7 +266,7 @@ class ServingConfig:
         refuse(serving_conflicts(self))
         return self
 
-# %% ../../nbs/core/01_config.ipynb #ec0efc27
+# %% ../../nbs/core/01_config.ipynb #8539e9db
 def monitoring_conflicts(monitoring: "MonitoringConfig") -> Iterator[Conflict]:
     "What contradicts what in the monitoring section."
     if monitoring.sample_steps and not monitoring.sample_prompts:
@@ -280,7 +280,7 @@ def monitoring_conflicts(monitoring: "MonitoringConfig") -> Iterator[Conflict]:
 class MonitoringConfig:
     "Where metrics of a run go, and what the model is asked on the way."
     trackers: Names = Field(default_factory=lambda: ["tensorboard"], description="Trackers by name; []: none")
-    log_dir: Name | None = Field(default=None, description="Directory of tracker files; unset: OUTPUT_DIR/runs")
+    log_dir: Name | None = Field(default=None, description="Directory of tracker files; unset: OUTPUT_DIR.run")
     run_name: Name | None = Field(default=None, description="Name of the run in the trackers; unset: the bot's name")
     sample_prompts: Names = Field(default_factory=list, description="Prompts whose answers are logged during training")
     sample_steps: Size | None = Field(default=None, description="Steps between two such samples; unset: at each evaluation")
@@ -323,7 +323,7 @@ class Config:
         refuse(config_conflicts(self))
         return self
 
-# %% ../../nbs/core/01_config.ipynb #7b4f691b
+# %% ../../nbs/core/01_config.ipynb #2e1ed6c9
 Job = Literal["train", "serve"]
 
 
@@ -337,11 +337,9 @@ def missing_for(
         yield Conflict(("serving.models",), "there is nothing to serve: name at least one bot")
     if job == "train" and not cfg.data.train:
         yield Conflict(("data.train",), "there is nothing to learn from: name at least one file")
-    sized = model.base or model.preset or model.depth
-    lacking = [n for n in ("hidden_size", "num_hidden_layers", "num_attention_heads") if getattr(model, n) is None]
-    if job == "train" and not sized and lacking:
-        yield Conflict(("model.base", "model.preset", "model.depth"), "set one of them: a bot to start from, a named shape "
-                       f"or a number of layers (or all dimensions of a new model; missing: {', '.join(lacking)})")
+    if job == "train" and not changed(model, "base", "preset", "depth", *SHAPE) and cfg.training.method != "scratch":
+        yield Conflict(("model.base",), f"the method '{cfg.training.method}' goes on from a bot: name it, or choose the size of "
+                       "a new model with 'preset' or 'depth'")
 
 # %% ../../nbs/core/01_config.ipynb #8bfd6d20
 def check_config(

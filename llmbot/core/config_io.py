@@ -49,7 +49,7 @@ def read_recipe(
             draft.tree[key] = value
     return draft
 
-# %% ../../nbs/core/02_config_io.ipynb #b13d659c
+# %% ../../nbs/core/02_config_io.ipynb #3bfc8f0f
 def put(
     draft: Draft,  # changed in place
     setting: Setting,  # what is set
@@ -63,14 +63,16 @@ def put(
         del draft.origins[old]
     draft.origins[key] = (origin, None)
     value: Any = None if text in ("null", "~") else text
-    if setting.kind != "scalar" and text.lstrip().startswith(("[", "{")):
+    quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+    if quoted or (setting.kind != "scalar" and text.lstrip().startswith(("[", "{"))):
         try:
             node = compose(text, origin)
+            value = None if node is None else draft.value_of(node, origin, key)
         except InvalidConfigError as exc:
-            why = exc.faults[0].allowed
-            draft.faults.append(Fault(setting.key, shorten(text), f"expected {setting.expected}; {why}", None, origin))
-            return
-        value = None if node is None else draft.value_of(node, origin, key)
+            if not quoted:  # what only looks quoted, such as 'a' or 'b', is text
+                why = f"expected {setting.expected}; {exc.faults[0].allowed}"
+                draft.faults.append(Fault(setting.key, shorten(text), why, None, origin))
+                return
     draft.tree.setdefault(section, {})[name] = value
 
 # %% ../../nbs/core/02_config_io.ipynb #beb0498d

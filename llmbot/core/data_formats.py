@@ -15,7 +15,7 @@ from typing import Any, Literal, TypedDict
 from .chat_template import Message, normalise_messages, short_repr
 from .errors import DataError
 
-# %% ../../nbs/core/05_data_formats.ipynb #40f3e204
+# %% ../../nbs/core/05_data_formats.ipynb #957651d7
 Record = Mapping[str, Any]
 
 
@@ -25,7 +25,8 @@ class Example(TypedDict, total=False):
     messages: list[Message]  # chat: the whole conversation
     tools: list[dict[str, Any]]  # chat and preference: JSON schemas of tools, if any
     text: str  # text
-    ends: bool  # text: whether the document ends here
+    begins: bool  # text: whether a document begins here
+    ends: bool  # text: whether it ends here
     prompt: list[Message]  # preference: the conversation before the answer
     chosen: list[Message]  # preference: the better answer
     rejected: list[Message]  # preference: the worse answer
@@ -71,10 +72,12 @@ class Columns:
 def _names(record: Record) -> str:
     return ", ".join(f"'{key}'" for key in list(record)[:12]) or "no columns"
 
-# %% ../../nbs/core/05_data_formats.ipynb #05062fde
-SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant", "model": "assistant",
-                  "bot": "assistant", "system": "system", "observation": "tool", "function_response": "tool", "tool": "tool",
-                  "function_call": "call", "tool_call": "call"}
+# %% ../../nbs/core/05_data_formats.ipynb #09e78767
+SHAREGPT_ROLES = {
+    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant", "model": "assistant",
+    "bot": "assistant", "system": "system", "observation": "tool", "function_response": "tool", "tool": "tool",
+    "function_call": "call", "tool_call": "call",
+}
 
 
 def parse_json(value: Any, what: str) -> Any:
@@ -105,7 +108,7 @@ def from_sharegpt(turns: Any) -> list[Message]:
             messages.append({"role": "assistant", "content": "", "tool_calls": calls})
     return normalise_messages(messages)
 
-
+# %% ../../nbs/core/05_data_formats.ipynb #8939ac35
 def as_messages(value: Any, role: str) -> list[Message]:
     "Messages of either dialect, one message, or a plain text said by `role`."
     if isinstance(value, str):
@@ -123,7 +126,7 @@ def tool_schemas(value: Any) -> list[dict[str, Any]]:
         raise DataError(f"'tools' must be a list of JSON schemas: it is {short_repr(tools)}.")
     return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
 
-# %% ../../nbs/core/05_data_formats.ipynb #b3c589c6
+# %% ../../nbs/core/05_data_formats.ipynb #b48cfb6d
 PAIRS = (("prompt", "completion"), ("prompt", "response"), ("question", "answer"), ("question", "response"), ("query", "response"),
          ("query", "answer"), ("input", "output"))
 
@@ -156,7 +159,7 @@ def _prompt_completion(columns: Columns) -> list[Example]:
         parts += as_messages(value if isinstance(value, (list, dict)) else columns.text(name), role)
     return _chat(columns, parts)
 
-
+# %% ../../nbs/core/05_data_formats.ipynb #19d4ab4b
 def _alpaca(columns: Columns) -> list[Example]:
     question = "\n\n".join(filter(str.strip, (columns.text("instruction"), columns.text("input", ""))))
     messages: list[Message] = []
@@ -170,8 +173,8 @@ def _alpaca(columns: Columns) -> list[Example]:
 
 def _chatterbot(columns: Columns) -> list[Example]:
     said = columns.get("conversations")
-    if not all(isinstance(text, str) for text in said):
-        raise DataError(f"a chatterbot conversation must be a list of texts: it has {short_repr(said)}.")
+    if not isinstance(said, list) or not all(isinstance(text, str) for text in said):
+        raise DataError(f"a chatterbot conversation must be a list of texts: it is {short_repr(said)}.")
     if columns.record.get("several_answers"):
         return [ex for a in said[1:] for ex in _chat(columns, as_messages(said[0], "user") + as_messages(a, "assistant"))]
     return _chat(columns, [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(said)])
@@ -179,7 +182,8 @@ def _chatterbot(columns: Columns) -> list[Example]:
 
 def _text(columns: Columns) -> list[Example]:
     name = "text" if columns.get("text") is not None else "content"
-    return [Example(kind="text", text=columns.text(name), ends=bool(columns.record.get("ends", True)))]
+    begins, ends = (columns.record.get(key) is not False for key in ("begins", "ends"))  # of a block of a text file
+    return [Example(kind="text", text=columns.text(name), begins=begins, ends=ends)]
 
 # %% ../../nbs/core/05_data_formats.ipynb #575d5f69
 def _preference(columns: Columns) -> list[Example]:
@@ -229,7 +233,7 @@ def _oasst(columns: Columns) -> list[Example]:
         node = _best_reply(node)
     return [Example(kind="chat", messages=messages)]
 
-# %% ../../nbs/core/05_data_formats.ipynb #9e2c148d
+# %% ../../nbs/core/05_data_formats.ipynb #c5b021aa
 FORMATS: dict[str, Callable[[Columns], list[Example]]] = {
     "messages": _messages, "sharegpt": _messages, "chatterbot": _chatterbot, "alpaca": _alpaca, "prompt_completion": _prompt_completion,
     "preference": _preference, "oasst": _oasst, "text": _text,
@@ -252,7 +256,7 @@ def recognise(
         return "preference"
     if isinstance(first, dict):
         return "sharegpt" if "from" in first else "messages"
-    if isinstance(first, str):
+    if isinstance(first, str) or (isinstance(talk, str) and "categories" in record):
         return "chatterbot"
     if c.get("instruction") is not None and c.get("output") is not None:
         return "alpaca"
@@ -265,7 +269,7 @@ def recognise(
         "instruction/output, conversations, text, chosen/rejected; map other names with data.columns."
     )
 
-
+# %% ../../nbs/core/05_data_formats.ipynb #c17f642d
 def normalise(
     record: Record,
     format: str,  # a key of FORMATS

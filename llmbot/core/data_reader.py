@@ -164,7 +164,7 @@ def read_parquet(path: Path) -> Iterator[Row]:
     except (pyarrow.ArrowException, OSError) as exc:
         raise DataError(f"{path}: not a Parquet file that can be read: {exc}.") from exc
 
-# %% ../../nbs/core/05_data_reader.ipynb #404c70f7
+# %% ../../nbs/core/05_data_reader.ipynb #40940457
 TEXT_BLOCK = 4096  # characters, about
 
 
@@ -174,20 +174,21 @@ class _Blocks:
     def __init__(self, name: str) -> None:
         self.name, self.number, self.start, self.parts, self.size = name, 0, 1, list[str](), 0
         self.waiting: Row | None = None
+        self.begins = True
 
     def close(self, line: int, ends: bool) -> Iterator[Row]:
         "End the block before `line`, and with `ends` the document too."
         text, finished = "".join(self.parts), self.waiting
         if text.strip():
             self.number += 1
-            self.waiting = Row(Location(self.name, self.number, self.start), {"text": text, "ends": False})
-            self.start, self.parts, self.size = line, [], 0
+            self.waiting = Row(Location(self.name, self.number, self.start), {"text": text, "begins": self.begins, "ends": False})
+            self.start, self.parts, self.size, self.begins = line, [], 0, False
             if finished:
                 yield finished
         if ends and self.waiting and self.waiting.record:
             self.waiting.record["ends"] = True
             yield self.waiting
-            self.waiting, self.start, self.parts, self.size = None, line, [], 0
+            self.waiting, self.start, self.parts, self.size, self.begins = None, line, [], 0, True
 
 
 def read_text(path: Path) -> Iterator[Row]:

@@ -44,7 +44,7 @@ def count_loss(
     else:
         losses[reason] = Loss(1, where, message, excerpt)
 
-# %% ../../nbs/core/05_data_report.ipynb #acc99cbd
+# %% ../../nbs/core/05_data_report.ipynb #d8c9a1c0
 @dataclass
 class SplitStats:
     "Figures of one split."
@@ -55,8 +55,9 @@ class SplitStats:
     stop_supervised: int = 0  # documents in which a stop token is learned
     lengths: list[int] = field(default_factory=list)  # histogram of document lengths, in tokens
     bin_width: int = 1  # tokens of one bar of the histogram
-    longest: int = 0
-    median: float = 0.0
+    longest: int = 0  # tokens of a document
+    median: float = 0.0  # tokens of a document
+    unknown_tokens: int = 0  # places where the tokenizer had no token
 
     @property
     def supervised_share(self) -> float:

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['Likelihood', 'token_byte_lengths', 'sum_nll', 'heldout_likelihood']
 
-# %% ../../nbs/monitoring/12_likelihood.ipynb #c7daa04c
+# %% ../../nbs/monitoring/12_likelihood.ipynb #7dd4c6e8
 import json
 import math
 import re
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -77,7 +77,7 @@ def token_byte_lengths(
             lengths[index] = 1 if re.fullmatch(r"<0x[0-9A-F]{2}>", token) else len(token.replace("▁", " ").encode())
     return lengths
 
-# %% ../../nbs/monitoring/12_likelihood.ipynb #39339a63
+# %% ../../nbs/monitoring/12_likelihood.ipynb #183a6142
 def sum_nll(
     logits: torch.Tensor,  # (batch, sequence, vocabulary), any float dtype
     labels: torch.Tensor,  # (batch, sequence) int64, -100 where nothing is supervised; not shifted
@@ -92,7 +92,7 @@ def sum_nll(
 @torch.no_grad()
 def heldout_likelihood(
     model: "PreTrainedModel",  # on its device; its training mode is restored afterwards
-    batches: Iterable[Mapping[str, torch.Tensor]],  # input_ids, labels and what else the model takes
+    batches: Iterable[Mapping[str, Any]],  # tensors input_ids, labels and what else the model takes
     byte_lengths: torch.Tensor,  # (vocabulary,) from `token_byte_lengths`
     autocast: AbstractContextManager[None] | None = None,  # mixed precision; None for the model's own dtype
 ) -> Likelihood:  # summed over all supervised tokens
@@ -101,7 +101,7 @@ def heldout_likelihood(
     model.eval()
     nll, tokens, text_bytes = 0.0, 0, 0
     for batch in batches:
-        inputs = {name: value.to(device) for name, value in batch.items() if name != "labels"}
+        inputs = {name: value.to(device) for name, value in batch.items() if name not in ("labels", "use_cache")}
         labels = batch["labels"].to(device)
         with autocast or nullcontext():
             logits = model(**inputs, use_cache=False).logits
@@ -111,5 +111,5 @@ def heldout_likelihood(
         text_bytes += int(byte_lengths[targets.cpu()].sum())
     model.train(was_training)
     if not tokens:
-        raise DataError("No token of the held-out rows is supervised, so there is no loss to measure. Look at them with: llmbot data inspect")
+        raise DataError("No token of the held-out rows is supervised: there is no loss to measure. See: llmbot data inspect")
     return Likelihood(nll, tokens, text_bytes)

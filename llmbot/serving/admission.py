@@ -38,14 +38,11 @@ class CancelledRequestError(RequestError):
     "Somebody called `ModelServer.cancel`. The status is the one that nginx writes for a client that left."
     status: ClassVar[int] = 499
 
-# %% ../../nbs/serving/32_admission.ipynb #f9d3fc2a
+# %% ../../nbs/serving/32_admission.ipynb #a575e865
 class Admission:
     "Lets a bounded number of requests run and a bounded number wait, first come, first served."
 
-    def __init__(
-        self,
-        limits: Callable[[], tuple[int, int]],  # how many may run and how many may wait; asked each time
-    ) -> None:
+    def __init__(self, limits: Callable[[], tuple[int, int]]) -> None:  # how many may run, and wait; asked each time
         self._limits = limits
         self._running: set[asyncio.Future[None]] = set()
         self._waiting: deque[asyncio.Future[None]] = deque()
@@ -127,14 +124,14 @@ class Leash:
         self._reason = self._reason or DeadlineError(message, code="timeout")
         return self._reason
 
-# %% ../../nbs/serving/32_admission.ipynb #2d4786f1
+# %% ../../nbs/serving/32_admission.ipynb #ae8191c2
 class InFlight:
     "The requests that are not complete."
 
     def __init__(self) -> None:
         self._leashes: dict[str, Leash] = {}
         self._idle: asyncio.Event | None = None  # somebody waits for the last one to end
-        self._closed: RequestError | None = None
+        self.closed: RequestError | None = None  # set when no more are taken
 
     @contextlib.contextmanager
     def open(
@@ -143,8 +140,8 @@ class InFlight:
         seconds: float,  # until its deadline
     ) -> Iterator[tuple[str, Leash]]:  # a name that no other running request has, and its leash
         "One request, from arrival to end. Raises `StoppingError` when no more are taken."
-        if self._closed is not None:
-            raise self._closed
+        if self.closed is not None:
+            raise self.closed
         fresh = uuid.uuid4().hex
         name = request_id or fresh
         name = f"{name}-{fresh[:8]}" if name in self._leashes else name
@@ -165,10 +162,10 @@ class InFlight:
 
     async def close(self, drain_s: float) -> None:
         "Take no more; give the running ones `drain_s` seconds to end by themselves, then end them."
-        self._closed = StoppingError("the server is stopping; try again later", code="stopping", retry_after=10)
+        self.closed = StoppingError("the server is stopping; try again later", code="stopping", retry_after=10)
         if self._leashes:
             self._idle = asyncio.Event()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._idle.wait(), drain_s)
         for leash in self._leashes.values():
-            leash.pull(self._closed)
+            leash.pull(self.closed)

@@ -139,7 +139,7 @@ def sampling_params(
         raise RequestError(message, param="max_new_tokens", code="invalid_value")
     return given
 
-# %% ../../nbs/serving/35_model_server.ipynb #2e6ccedc
+# %% ../../nbs/serving/35_model_server.ipynb #9f27ca42
 @dataclass
 class HostedBot:
     "A bot that this server answers for."
@@ -166,6 +166,11 @@ class HostedBot:
             return backend
         finally:
             self._loading = None
+
+    def describe(self) -> dict[str, Any]:
+        "What a list of bots says about it; the length of its context is known once it is loaded."
+        length = self.backend.context_length if self.backend is not None else None
+        return {"loaded": self.backend is not None, "context_length": length}
 
     async def unload(self) -> None:
         "Stop the backend, if it was loaded or is being loaded."
@@ -262,7 +267,7 @@ async def stream_answer(
             admission.leave(place)
         meter.book(error)
 
-# %% ../../nbs/serving/35_model_server.ipynb #af708202
+# %% ../../nbs/serving/35_model_server.ipynb #c3f2a399
 class ModelServer:
     "Streams answers of the bots in `serving.models` within the limits of the configuration; use it with `async with`."
 
@@ -306,7 +311,7 @@ class ModelServer:
 
     def stats(self) -> dict[str, Any]:
         "Counters as plain JSON; times in seconds."
-        models = {b.name: {"loaded": b.backend is not None, **b.stats.snapshot()} for b in self.bots.by_name.values()}
+        models = {b.name: {**b.describe(), **b.stats.snapshot()} for b in self.bots.by_name.values()}
         now = {"running": self.admission.running, "waiting": self.admission.waiting}
         return {"uptime_s": round(time.monotonic() - self._began, 3), **now, "models": models}
 
