@@ -108,27 +108,23 @@ def tools_appear(template: ChatTemplate) -> bool:
     except DataError:
         return False
 
-# %% ../../nbs/core/04_chat.ipynb #bda92e99
+# %% ../../nbs/core/04_chat.ipynb #4954b53e
 def _prefix_spans(template: ChatTemplate, text: str, messages: Sequence[Message], tools: Any) -> Iterator[tuple[int, int]]:
-    "Where in `text` each answer begins and ends (with its stop token); raises `DataError` when prompts are not prefixes."
-    done = 0
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
+    "Where in `text` each answer begins and ends (with its stop token), for those that stand there as they were first written."
+    asked = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    for i in asked:
         prompt = without_marks(template.render(messages[:i], tools, True))
-        start = len(prompt)
         whole = text if i == len(messages) - 1 else without_marks(template.render(messages[: i + 1], tools))
-        stable = text.startswith(whole)
-        stop = text.find(template.stop_token, start, len(whole) if stable else len(text)) if template.stop_token else -1
+        start = len(prompt)
+        stop = whole.find(template.stop_token, start) if template.stop_token else -1
         end = stop + len(template.stop_token) if stop >= 0 else len(whole)
-        said = message["content"].strip()[-20:]
-        if not text.startswith(prompt) or start < done or (not stable and (stop < 0 or said not in text[start:end])):
+        if text[:end] == whole[:end] and whole.startswith(prompt):
+            yield start, end
+        elif i == asked[-1]:
             raise DataError(
-                f"Message {i + 1}: the chat template changes what it wrote before, so that the prompt of this answer is not the "
-                "beginning of the whole conversation. What is trained would not be what is served; use model.chat_template=chatml."
+                "The chat template does not begin the conversation with the prompt of its last answer, so that what is trained would "
+                "not be what is served. Templates that open a chain of thought do this: use model.chat_template=chatml."
             )
-        yield start, end
-        done = end
 
 # %% ../../nbs/core/04_chat.ipynb #327c1cf3
 def mark_answers(template: ChatTemplate, text: str, messages: Sequence[Message], tools: Any, must: bool) -> str:
@@ -272,7 +268,7 @@ def encode_texts(
     "Encode plain text; what spells a control token stays text."
     return [ids for ids, _ in chat.encoder.encode([chat.encoder.plain(text) for text in texts])]
 
-# %% ../../nbs/core/04_chat.ipynb #4b02a7dc
+# %% ../../nbs/core/04_chat.ipynb #c2b5112a
 def attach_chat_template(
     tokenizer: "PreTrainedTokenizerBase",  # is changed
     model: "PreTrainedModel | None" = None,  # its embeddings grow when the tokenizer does; its generation config learns the end token
@@ -300,7 +296,8 @@ def _adapt_model(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase",
     "Grow the embeddings if needed, and tell the model its padding and end tokens."
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer))
-    ends = [tokenizer.eos_token_id, *([old_eos] if old_eos not in (None, tokenizer.eos_token_id) else [])]
     model.config.pad_token_id, model.config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
-    if model.generation_config is not None:
-        model.generation_config.pad_token_id, model.generation_config.eos_token_id = tokenizer.pad_token_id, ends
+    if (generation := model.generation_config) is not None:
+        declared = generation.eos_token_id if isinstance(generation.eos_token_id, list) else [generation.eos_token_id]
+        ends = [i for i in (tokenizer.eos_token_id, old_eos, *declared) if i is not None]
+        generation.pad_token_id, generation.eos_token_id = tokenizer.pad_token_id, list(dict.fromkeys(ends))

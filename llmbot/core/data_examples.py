@@ -73,7 +73,7 @@ class Fitting:
             fitted["tools"] = example["tools"]
         return fitted
 
-# %% ../../nbs/core/06_data_examples.ipynb #d6178e34
+# %% ../../nbs/core/06_data_examples.ipynb #ecf64450
 @dataclass
 class Fitted:
     "What one row gives."
@@ -82,6 +82,7 @@ class Fitted:
     notes: list[str]  # what was done to it
     problems: list[str]  # why examples of it were lost
     unresolved: set[str]  # placeholders without a value
+    number: int = 0  # of the row among all that were read
 
 
 def examples_of(

@@ -44,7 +44,7 @@ def count_loss(
     else:
         losses[reason] = Loss(1, where, message, excerpt)
 
-# %% ../../nbs/core/05_data_report.ipynb #d8c9a1c0
+# %% ../../nbs/core/05_data_report.ipynb #54968344
 @dataclass
 class SplitStats:
     "Figures of one split."
@@ -54,7 +54,8 @@ class SplitStats:
     supervised_tokens: int = 0
     stop_supervised: int = 0  # documents in which a stop token is learned
     lengths: list[int] = field(default_factory=list)  # histogram of document lengths, in tokens
-    bin_width: int = 1  # tokens of one bar of the histogram
+    lowest: int = 1  # where the first bar begins
+    bin_width: int = 1  # tokens of one bar
     longest: int = 0  # tokens of a document
     median: float = 0.0  # tokens of a document
     unknown_tokens: int = 0  # places where the tokenizer had no token
@@ -74,15 +75,17 @@ class Sample:
 
 def length_histogram(
     lengths: Sequence[int],  # tokens of each document
-    bars: int = 16,
-) -> tuple[list[int], int]:  # counts, and the width of a bar in tokens
+    bars: int = 12,
+) -> tuple[list[int], int, int]:  # counts, the length at which the first bar begins, and the width of a bar
     "Counts of documents by length, in bars of equal, round width."
     if not len(lengths):
-        return [], 1
-    width = -(-max(lengths) // bars)
+        return [], 1, 1
+    values = np.asarray(lengths)
+    width = max(1, -(-int(values.max() - values.min() + 1) // bars))
     step = 10 ** max(0, len(str(width)) - 1)
-    width = max(1, -(-width // step) * step)
-    return np.bincount((np.asarray(lengths) - 1) // width).tolist(), width
+    width = -(-width // step) * step
+    low = int(values.min() - 1) // width * width
+    return np.bincount((values - 1 - low) // width).tolist(), low + 1, width
 
 # %% ../../nbs/core/05_data_report.ipynb #c1393d9f
 @dataclass

@@ -146,7 +146,7 @@ def preflight(prepared: PreparedData, chat: ChatFormat) -> PreflightReport:
     "Look for the known traps in prepared data."
     return PreflightReport(prepared.report, [finding for check in CHECKS for finding in check(prepared.report, chat)])
 
-# %% ../../nbs/core/08_preflight.ipynb #304dfbb3
+# %% ../../nbs/core/08_preflight.ipynb #9d272837
 def place(where: str) -> str:
     "A place with the name of its file only."
     path, comma, rest = where.rpartition(", ")
@@ -160,13 +160,14 @@ def summary(data: DataReport) -> str:
     return f"{data.rows_read:,} rows read, {data.rows_kept:,} kept, {data.rows_dropped:,} lost{origin}; {formats}"
 
 
-def _losses(title: str, losses: dict[str, Loss]) -> Table:
+def _losses(title: str, losses: dict[str, Loss], one_source: bool) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, show_header=False, expand=True)
     table.add_column(justify="right", style="bold", no_wrap=True)
-    table.add_column(ratio=3)
-    table.add_column(ratio=2, style="dim", overflow="fold")
+    table.add_column(ratio=2)
+    table.add_column(ratio=1, style="dim", overflow="fold")
     for reason, loss in sorted(losses.items(), key=lambda item: -item[1].count):
-        table.add_row(f"{loss.count:,}", Text(reason), Text(place(loss.where)))
+        where = place(loss.where)
+        table.add_row(f"{loss.count:,}", Text(reason), Text("first: " + (where.rpartition(", ")[2] if one_source else where)))
     return table
 
 
@@ -181,34 +182,45 @@ def _splits(data: DataReport) -> Table:
                       f"{s.longest:,}", full)
     return table
 
-# %% ../../nbs/core/08_preflight.ipynb #82a1ece4
-def _histogram(stats: SplitStats, width: int = 44) -> Text:
-    "Bars of document lengths."
-    text, top = Text("Length of documents in tokens\n", style="bold"), max(stats.lengths, default=0)
+# %% ../../nbs/core/08_preflight.ipynb #9717e657
+def _bars(stats: SplitStats) -> Iterator[tuple[str, float, int]]:
+    "Label, share of the longest bar, and count of each bar."
+    top = max(stats.lengths, default=1)
     for i, count in enumerate(stats.lengths):
-        text.append(f"{i * stats.bin_width + 1:>7,} to {(i + 1) * stats.bin_width:<7,}", style="dim")
-        text.append("█" * max(int(count > 0), round(width * count / top)), style="cyan")
-        text.append(f" {count:,}\n" if count else "\n", style="dim")
+        low = stats.lowest + i * stats.bin_width
+        yield f"{low:,} to {low + stats.bin_width - 1:,}", count / top, count
+
+
+def _histogram(stats: SplitStats, width: int = 48) -> Text:
+    "Bars of document lengths."
+    text = Text.assemble(("Length of documents in tokens\n", "bold"))
+    for label, share, count in _bars(stats):
+        text.append(f"{label:>18} ", style="dim").append("█" * max(int(count > 0), round(width * share)), style="cyan")
+        text.append(f" {count:,}\n", style="dim")
     return text
 
 
-def _sample(sample: Sample, limit: int = 900) -> Text:
+def _shortened(piece: str, limit: int) -> str:
+    "A text of at most about `limit` characters, its middle left out."
+    return piece if len(piece) <= limit else f"{piece[: limit // 2]} … {piece[-limit // 2 :]}"
+
+
+def _sample(sample: Sample, limit: int = 800) -> Text:
     "A document with its learned part in colour."
-    text, room = Text(f"{place(sample.where)}\n", style="dim"), limit
-    for piece, learned in sample.pieces:
-        shown = piece if len(piece) <= room else piece[: room // 2] + " … " + piece[len(piece) - room // 2 :]
-        text.append(shown, style="bold green" if learned else "default")
-        room -= len(shown)
-        if room <= 0:
+    text = Text.assemble((f"{place(sample.where)}\n", "dim"))
+    for i, (piece, learned) in enumerate(sample.pieces):
+        if len(text) > limit:
+            text.append(f"… and {len(sample.pieces) - i} more parts", style="dim")
             break
+        text.append(_shortened(piece, limit // 2), style="bold green" if learned else "")
     return text
 
-
+# %% ../../nbs/core/08_preflight.ipynb #628b4708
 def terminal_view(report: PreflightReport, samples: int = 3) -> RenderableType:
     "The whole report for rich."
-    data, parts = report.data, list[RenderableType]()
+    data, parts, one = report.data, list[RenderableType](), len(report.data.sources) == 1
     parts += [Text(summary(data), style="bold"), Text(""), _splits(data), Text("")]
-    parts += [_losses(title, losses) for title, losses in (("Lost", data.dropped), ("Changed", data.changed)) if losses]
+    parts += [_losses(title, losses, one) for title, losses in (("Lost", data.dropped), ("Changed", data.changed)) if losses]
     if train := data.splits.get("train"):
         parts += [Text(""), _histogram(train)]
     if samples and data.samples:
@@ -220,7 +232,7 @@ def terminal_view(report: PreflightReport, samples: int = 3) -> RenderableType:
         parts.append(Text("No trap was found.", style="bold green"))
     return Group(*parts)
 
-# %% ../../nbs/core/08_preflight.ipynb #7ad5f448
+# %% ../../nbs/core/08_preflight.ipynb #4e269c0b
 _STYLE = """<style>.llmbot-data{font:13px/1.5 system-ui,sans-serif;max-width:60em}.llmbot-data td{text-align:left;padding:1px 8px;
 vertical-align:top}.llmbot-data pre{white-space:pre-wrap;background:rgba(128,128,128,.1);padding:8px;border-radius:4px}.llmbot-data
 mark{background:rgba(46,160,67,.35);color:inherit}.llmbot-data .bar{background:#2b8cbe;height:9px;display:inline-block}.llmbot-data
@@ -233,7 +245,8 @@ def _html_table(rows: list[list[Any]]) -> str:
 
 
 def _html_sample(sample: Sample, limit: int = 1500) -> str:
-    pieces = (f"<mark>{html.escape(t[:limit])}</mark>" if on else html.escape(t[:limit]) for t, on in sample.pieces[:40])
+    shown = [(html.escape(_shortened(piece, limit)), learned) for piece, learned in sample.pieces[:40]]
+    pieces = (f"<mark>{piece}</mark>" if learned else piece for piece, learned in shown)
     return f"<div>{html.escape(place(sample.where))}</div><pre>{''.join(pieces)}</pre>"
 
 
@@ -251,9 +264,8 @@ def html_view(report: PreflightReport, samples: int = 3) -> str:
             rows = [[loss.count, reason, place(loss.where), loss.detail] for reason, loss in losses.items()]
             parts.append(f"<p><b>{title}</b></p>{_html_table(rows)}")
     if train := data.splits.get("train"):
-        top = max(train.lengths, default=1)
-        bars = (f'<tr><td>{i * train.bin_width + 1} to {(i + 1) * train.bin_width}</td><td><span class="bar" '
-                f'style="width:{240 * count / top:.0f}px"></span> {count}</td></tr>' for i, count in enumerate(train.lengths))
+        bars = (f'<tr><td>{label}</td><td><span class="bar" style="width:{240 * share:.0f}px"></span> {count}</td></tr>'
+                for label, share, count in _bars(train))
         parts.append(f"<p><b>Length of documents in tokens</b></p><table>{''.join(bars)}</table>")
     parts.append("<p><b>What the model sees, and <mark>what it learns</mark></b></p>")
     parts += [_html_sample(sample) for sample in data.samples[:samples]]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['AnsweredRow', 'GroupResult', 'EvaluationReport', 'report_table', 'report_html']
 
-# %% ../../nbs/evaluation/40_report.ipynb #9881ba84
+# %% ../../nbs/evaluation/40_report.ipynb #16a3d3d9
 import dataclasses
 import json
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ..core.data_report import Loss
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import Group
 
 # %% ../../nbs/evaluation/40_report.ipynb #b0042e01
 @dataclass
@@ -40,7 +40,7 @@ class GroupResult:
     rows: int
     metrics: dict[str, float]
 
-# %% ../../nbs/evaluation/40_report.ipynb #195e921c
+# %% ../../nbs/evaluation/40_report.ipynb #d14843d5
 @dataclass(repr=False)
 class EvaluationReport:
     "What was measured, on what, and how."
@@ -68,13 +68,13 @@ class EvaluationReport:
         values = ", ".join(f"{name}={value:.4g}" for name, value in self.metrics.items())
         return f"EvaluationReport({self.bot}: {values}, {self.rows} rows)"
 
-    def __rich__(self) -> "Table":
+    def __rich__(self) -> "Group":
         return report_table(self)
 
     def _repr_html_(self) -> str:
         return report_html(self)
 
-# %% ../../nbs/evaluation/40_report.ipynb #34b240bb
+# %% ../../nbs/evaluation/40_report.ipynb #84395de2
 def _lines(report: EvaluationReport) -> tuple[list[str], list[list[str]], str]:
     "Header, rows and footnote of a report."
     names = list(report.metrics)
@@ -87,18 +87,19 @@ def _lines(report: EvaluationReport) -> tuple[list[str], list[list[str]], str]:
     return ["", "rows", *names], body, "\n".join(notes)
 
 
-def report_table(report: EvaluationReport) -> "Table":
-    "A table for rich."
-    from rich.markup import escape as plain
+def report_table(report: EvaluationReport) -> "Group":
+    "A table and its notes, for rich."
+    from rich.console import Group
     from rich.table import Table
+    from rich.text import Text
 
     header, body, notes = _lines(report)
-    table = Table(title=f"Evaluation of {plain(report.bot)}", caption=plain(notes), title_justify="left", caption_justify="left")
+    table = Table(title=Text(f"Evaluation of {report.bot}"), title_justify="left")
     for name in header:
         table.add_column(name, justify="right" if name else "left")
     for row in body:
-        table.add_row(*map(plain, row))
-    return table
+        table.add_row(*map(Text, row))
+    return Group(table, Text(notes, style="dim"))
 
 
 def report_html(report: EvaluationReport) -> str:
@@ -113,4 +114,4 @@ def report_html(report: EvaluationReport) -> str:
     shown = [[e.group, e.prompt, e.reference, e.answer, "yes" if e.correct else "no"] for e in report.examples]
     answers = table(["group", "prompt", "reference", "answer", "exact match"], shown)
     folded = f"<details><summary>{len(shown)} answers</summary>{answers}</details>" if shown else ""
-    return f"<b>Evaluation of {escape(report.bot)}</b>{table(header, body)}<p>{escape(notes)}</p>{folded}"
+    return f"<b>Evaluation of {escape(report.bot)}</b>{table(header, body)}<p>{'<br>'.join(map(escape, notes.splitlines()))}</p>{folded}"

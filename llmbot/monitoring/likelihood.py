@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['Likelihood', 'token_byte_lengths', 'sum_nll', 'heldout_likelihood']
 
-# %% ../../nbs/monitoring/12_likelihood.ipynb #7dd4c6e8
+# %% ../../nbs/monitoring/12_likelihood.ipynb #1ff1beac
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -77,7 +77,7 @@ def token_byte_lengths(
             lengths[index] = 1 if re.fullmatch(r"<0x[0-9A-F]{2}>", token) else len(token.replace("▁", " ").encode())
     return lengths
 
-# %% ../../nbs/monitoring/12_likelihood.ipynb #183a6142
+# %% ../../nbs/monitoring/12_likelihood.ipynb #0433a63d
 def sum_nll(
     logits: torch.Tensor,  # (batch, sequence, vocabulary), any float dtype
     labels: torch.Tensor,  # (batch, sequence) int64, -100 where nothing is supervised; not shifted
@@ -94,7 +94,7 @@ def heldout_likelihood(
     model: "PreTrainedModel",  # on its device; its training mode is restored afterwards
     batches: Iterable[Mapping[str, Any]],  # tensors input_ids, labels and what else the model takes
     byte_lengths: torch.Tensor,  # (vocabulary,) from `token_byte_lengths`
-    autocast: AbstractContextManager[None] | None = None,  # mixed precision; None for the model's own dtype
+    autocast: Callable[[], AbstractContextManager[None]] = nullcontext,  # makes a mixed-precision context for each batch
 ) -> Likelihood:  # summed over all supervised tokens
     "Sum a model's surprise over batches. Raises `DataError` when no token is supervised."
     was_training, device = model.training, next(model.parameters()).device
@@ -103,7 +103,7 @@ def heldout_likelihood(
     for batch in batches:
         inputs = {name: value.to(device) for name, value in batch.items() if name not in ("labels", "use_cache")}
         labels = batch["labels"].to(device)
-        with autocast or nullcontext():
+        with autocast():
             logits = model(**inputs, use_cache=False).logits
         nll += float(sum_nll(logits, labels))
         targets = labels[:, 1:][labels[:, 1:] != -100]

@@ -135,7 +135,7 @@ class BotTrainer(CompleteCheckpoints, ClockSchedule):
         self._asked = time.monotonic()
         return metrics
 
-# %% ../../nbs/training/22_bot_trainer.ipynb #5fcf13fc
+# %% ../../nbs/training/22_bot_trainer.ipynb #0492170b
 def evaluate_rows(
     trainer: Trainer,  # gives model, batch size, collator and precision
     dataset: Any,  # tokenized rows
@@ -145,7 +145,7 @@ def evaluate_rows(
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     lengths = token_byte_lengths(trainer.processing_class, model.config.vocab_size)
     without_mask = ({k: v for k, v in batch.items() if k != "attention_mask"} for batch in loader)
-    return heldout_likelihood(model, without_mask, lengths, trainer.accelerator.autocast())
+    return heldout_likelihood(model, without_mask, lengths, trainer.accelerator.autocast)
 
 # %% ../../nbs/training/22_bot_trainer.ipynb #f91eaaac
 def bot_trainer(

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['MAY_CHANGE', 'TrainingResult', 'run_directory', 'training_texts', 'make_tokenizer', 'fit_chat_template', 'make_model',
-           'check_resume', 'open_run', 'prepare_run', 'make_callbacks', 'sequence_length', 'measure', 'run_manifest',
-           'train', 'read_or_measure_baseline', 'finish']
+           'check_resume', 'check_recipe', 'open_run', 'prepare_run', 'make_callbacks', 'sequence_length', 'measure',
+           'run_manifest', 'train', 'read_or_measure_baseline', 'finish']
 
-# %% ../../nbs/training/29_trainer.ipynb #ad6f2678
+# %% ../../nbs/training/29_trainer.ipynb #8e3fd6c3
 import itertools
 import json
 import shutil
@@ -30,7 +30,7 @@ from ..core.data_reader import read_rows
 from ..core.errors import ConfigError, DataError, TrainingError
 from ..core.model_manager import context_length, load_bot, new_model, pick_device, save_bot, train_tokenizer
 from ..core.preflight import preflight
-from ..monitoring.experiment_tracker import TrackerGroup, create_trackers
+from ..monitoring.experiment_tracker import TrackerGroup, check_trackers, create_trackers
 from .bot_trainer import evaluate_rows, latest_checkpoint
 from .callbacks import ProgressCallback, SampleCallback, TrackerCallback
 from .methods import TrainingMethod, TrainingRun, get_method
@@ -152,7 +152,21 @@ def check_resume(
     if saved["data"] != data_fingerprint:
         raise TrainingError(f"The data changed since the run in {run_dir} began. Restore it, or start anew in another output directory.")
 
-# %% ../../nbs/training/29_trainer.ipynb #25bc9744
+# %% ../../nbs/training/29_trainer.ipynb #bd45f6ce
+def check_recipe(
+    cfg: Config,  # the resolved config
+) -> TrainingMethod:  # the method that it names
+    "Find what can be found wrong without reading data or weights. Raises `ConfigError` and `BotError`."
+    method = get_method(cfg.training.method)
+    if not cfg.data.train:
+        raise ConfigError("data.train is empty: name at least one file, directory or hub data set to train on.")
+    check_trackers(cfg.monitoring.trackers)
+    if ":" in pick_device(cfg.model.device):
+        raise ConfigError(f"model.device is '{cfg.model.device}'; training takes 'cuda'. Choose the card with CUDA_VISIBLE_DEVICES.")
+    sequence_length(cfg)
+    return method
+
+
 def open_run(
     cfg: Config,  # the resolved config
     resume: bool,  # go on with what is there
@@ -173,7 +187,7 @@ def open_run(
         raise storage_error(exc, run_dir) from exc
     return run_dir
 
-# %% ../../nbs/training/29_trainer.ipynb #700fd252
+# %% ../../nbs/training/29_trainer.ipynb #9c9723b9
 def prepare_run(
     cfg: Config,  # the resolved config
     method: TrainingMethod,  # the method it names
@@ -183,8 +197,6 @@ def prepare_run(
 ) -> TrainingRun:  # ready for `method.build`
     "Tokenizer, data with preflight, model, trackers and callbacks of a run."
     device = pick_device(cfg.model.device)
-    if ":" in device:
-        raise ConfigError(f"model.device is '{device}'; training takes 'cuda'. Choose the card with CUDA_VISIBLE_DEVICES.")
     tokenizer = make_tokenizer(cfg, run_dir, resume)
     fit_chat_template(cfg, tokenizer, method.data_kind)
     chat = ChatFormat(tokenizer)
@@ -198,10 +210,10 @@ def prepare_run(
     report.raise_if_fatal()
     if resume:
         check_resume(cfg, data.fingerprint, run_dir)
-    else:
-        (run_dir / "run.json").write_text(json.dumps({"config": to_dict(cfg), "data": data.fingerprint}, indent=2, default=str))
     set_seed(cfg.training.seed)
     model = make_model(cfg, tokenizer, method.data_kind, device)
+    if not resume:
+        (run_dir / "run.json").write_text(json.dumps({"config": to_dict(cfg), "data": data.fingerprint}, indent=2, default=str))
     rate = cfg.training.learning_rate or method.learning_rate(model.config, is_new=cfg.model.base is None)
     cfg = replace(cfg, training=replace(cfg.training, learning_rate=rate))
     tracker, callbacks = make_callbacks(cfg, chat, method.data_kind == "chat", run_dir, console)
@@ -270,7 +282,7 @@ def run_manifest(
         metrics=metrics,
     )
 
-# %% ../../nbs/training/29_trainer.ipynb #80533491
+# %% ../../nbs/training/29_trainer.ipynb #9dfc94e8
 def train(
     cfg: Config,  # the recipe
     *,
@@ -283,12 +295,15 @@ def train(
     wherever that is possible.
     """
     console = console or Console(stderr=True)
-    method = get_method(cfg.training.method)
-    if not cfg.data.train:
-        raise ConfigError("data.train is empty: name at least one file, directory or hub data set to train on.")
+    method = check_recipe(cfg)
     run_dir = open_run(cfg, resume)
-    run = prepare_run(cfg, method, run_dir, resume, console)
-    trainer = method.build(run)
+    try:
+        run = prepare_run(cfg, method, run_dir, resume, console)
+        trainer = method.build(run)
+    except BaseException:
+        if not resume:
+            shutil.rmtree(run_dir, ignore_errors=True)  # a run that never began leaves nothing
+        raise
     checkpoint = latest_checkpoint(run_dir / "checkpoints") if resume else None
     if resume:
         console.print(f"resuming from {checkpoint.name if checkpoint else 'the start: no checkpoint was complete yet'}", highlight=False)

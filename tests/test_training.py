@@ -1,0 +1,210 @@
+"""Training against independent witnesses: a hand-written loop, TRL, and a run that was never killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from llmbot.core.config import Config
+from llmbot.core.config_io import load_config, save_config
+from llmbot.core.errors import LLMBotError, TrainingError
+from llmbot.training.methods import get_method
+from llmbot.training.trainer import prepare_run, run_directory, train
+
+QUIET = Console(quiet=True)
+
+
+def write_chats(path: Path) -> Path:
+    "A hundred short conversations in varied lengths."
+    words = ["red", "blue", "green", "grey", "white"]
+    things = ["fish", "bird", "cat", "dog", "cow"]
+    rows = [
+        {"messages": [{"role": "user", "content": f"{a} {b}" + "?" * n}, {"role": "assistant", "content": f"{b} {a}" * (n + 1)}]}
+        for a in words for b in things for n in range(4)
+    ]  # fmt: skip
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return path
+
+
+def recipe(tmp: Path, **changes: object) -> Config:
+    settings = {
+        "model.preset": "qwen3-0.2m",
+        "model.vocab_size": 300,
+        "training.method": "sft",
+        "training.output_dir": tmp / "bot",
+        "training.max_steps": 12,
+        "training.precision": "fp32",
+        "data.train": f"[{write_chats(tmp / 'chats.jsonl')}]",
+        "data.cache_dir": tmp / "cache",
+        "data.max_seq_length": 64,
+        **changes,
+    }
+    return load_config(None, overrides=[f"{k}={v}" for k, v in settings.items()], env={})
+
+
+def bare_losses(cfg: Config, tmp: Path) -> list[float]:
+    "The losses of the loop one would write by hand, on the batches that the trainer's own loader gives."
+    from transformers import get_scheduler
+
+    run = prepare_run(cfg, get_method(cfg.training.method), tmp, False, QUIET)
+    trainer = get_method(cfg.training.method).build(run)
+    t, model = run.config.training, run.model.train()
+    steps, micro = t.max_steps or 0, t.gradient_accumulation_steps
+    optimizer = torch.optim.AdamW(model.parameters(), lr=t.learning_rate or 0, betas=(t.adam_beta1, t.adam_beta2), weight_decay=0.0)
+    scheduler = get_scheduler("cosine", optimizer, int(-(-t.warmup_steps * steps // 1)), steps)
+    losses: list[float] = []
+    loader = iter(trainer.get_train_dataloader())
+    while len(losses) < steps:
+        batches = []
+        for _ in range(micro):
+            try:
+                batches.append(next(loader))
+            except StopIteration:
+                break
+        if not batches:
+            loader = iter(trainer.get_train_dataloader())
+            continue
+        tokens = sum(int((b["labels"][:, 1:] != -100).sum()) for b in batches)
+        total = 0.0
+        for batch in batches:
+            logits = model(input_ids=batch["input_ids"], position_ids=batch.get("position_ids"), use_cache=False).logits
+            flat = logits[:, :-1].reshape(-1, logits.shape[-1])
+            loss = torch.nn.functional.cross_entropy(flat, batch["labels"][:, 1:].reshape(-1), ignore_index=-100, reduction="sum") / tokens
+            loss.backward()
+            total += float(loss)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        losses.append(total)
+    return losses
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_losses_equal_a_hand_written_loop(tmp_path: Path, packing: bool, accumulation: int) -> None:
+    "Step by step, within one pass over the data (a second pass is shuffled by the trainer's own state)."
+    changes = {"training.packing": packing, "training.gradient_accumulation_steps": accumulation, "training.logging_steps": 1}
+    steps = 3 if packing else 4
+    cfg = recipe(tmp_path, **changes, **{"training.max_steps": steps, "training.per_device_batch_size": 3 if packing else 8})
+    (tmp_path / "bare").mkdir()
+    expected = bare_losses(cfg, tmp_path / "bare")
+    result = train(cfg, console=QUIET)
+    logged = [e["loss"] for e in result.history if "loss" in e]
+    assert logged == pytest.approx(expected, abs=2e-4)
+    assert logged[-1] < logged[0]
+
+
+def test_held_out_loss_does_not_depend_on_the_batch_size(tmp_path: Path) -> None:
+    "Token-weighted: the same bot measured in batches of 1 and of 7."
+    losses = []
+    for size in (1, 7):
+        home = tmp_path / str(size)
+        home.mkdir()
+        changes = {"training.per_device_eval_batch_size": size, "data.validation_split": 0.3, "training.max_steps": 2}
+        losses.append(train(recipe(home, **changes, **{"training.packing": False}), console=QUIET).metrics["validation_loss"])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+
+
+def test_learning_rate_follows_the_clock(tmp_path: Path) -> None:
+    "With a budget of minutes the schedule comes down within it, whatever the number of epochs."
+    changes = {"training.max_minutes": 0.05, "training.num_train_epochs": 100000, "training.max_steps": "null", "training.logging_steps": 1}
+    result = train(recipe(tmp_path, **changes), console=QUIET)
+    rates = [e["learning_rate"] for e in result.history if "learning_rate" in e]
+    assert max(rates) > 10 * rates[-1]
+    assert result.seconds < 60
+
+
+SCRIPT = """
+import sys
+from rich.console import Console
+from llmbot.core.config_io import load_config
+from llmbot.training.trainer import train
+train(load_config(sys.argv[1], env={}), resume="--resume" in sys.argv, console=Console(quiet=True))
+"""
+
+
+def start(path: Path, *options: str) -> subprocess.Popen[str]:
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, "-c", SCRIPT, str(path), *options], env=env, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_is_bit_equal(tmp_path: Path) -> None:
+    "SIGKILL between two checkpoints; the resumed run ends with the weights of one that was never killed."
+    finals = []
+    for name in ("whole", "killed"):
+        home = tmp_path / name
+        home.mkdir()
+        cfg = recipe(home, **{"training.max_steps": 60, "training.save_steps": 10, "training.logging_steps": 5})
+        save_config(cfg, home / "recipe.yaml")
+        process = start(home / "recipe.yaml")
+        if name == "killed":
+            checkpoints = run_directory(home / "bot") / "checkpoints"
+            deadline = time.monotonic() + 120
+            while not (checkpoints / "checkpoint-20").exists() and time.monotonic() < deadline and process.poll() is None:
+                time.sleep(0.002)
+            process.send_signal(signal.SIGKILL)
+            assert process.wait() == -signal.SIGKILL
+            assert not (home / "bot").exists(), "a killed run leaves no bot"
+            process = start(home / "recipe.yaml", "--resume")
+        assert process.wait(timeout=300) == 0, process.stderr.read() if process.stderr else ""
+        history = json.loads((run_directory(home / "bot") / "history.json").read_text())
+        finals.append((load_file(home / "bot" / "model.safetensors"), history))
+    (weights, history), (resumed, resumed_history) = finals
+    assert weights.keys() == resumed.keys()
+    for name, tensor in weights.items():
+        assert torch.equal(tensor, resumed[name]), name
+    steps = lambda h: [(e["step"], e["loss"]) for e in h if "loss" in e]  # noqa: E731
+    assert steps(history) == steps(resumed_history)
+
+
+def test_resume_refuses_other_data(tmp_path: Path) -> None:
+    cfg = recipe(tmp_path, **{"training.max_steps": 4, "training.save_steps": 2})
+    train(cfg, console=QUIET)
+    import shutil
+
+    shutil.rmtree(tmp_path / "bot")
+    with (tmp_path / "chats.jsonl").open("a") as f:
+        f.write(json.dumps({"messages": [{"role": "user", "content": "new"}, {"role": "assistant", "content": "row"}]}) + "\n")
+    with pytest.raises(TrainingError, match="data changed"):
+        train(cfg, resume=True, console=QUIET)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"training.method": "sfft"}, "Did you mean 'sft'"),
+        ({"data.train": "[nowhere.jsonl]"}, "nowhere.jsonl"),
+        ({"model.preset": "null", "model.vocab_size": 4096, "model.base": "no-such-bot"}, "No bot at 'no-such-bot'"),
+        ({"monitoring.trackers": "[tensorbord]"}, "tensorbord"),
+        ({"data.max_seq_length": 4096}, "context"),
+    ],
+)
+def test_mistakes_are_told_before_training(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+    with pytest.raises(LLMBotError, match=message):
+        train(recipe(tmp_path, **changes), console=QUIET)
+    assert not list(tmp_path.glob("bot*")), "nothing is left of a run that never began"
+
+
+def test_output_directory_that_cannot_be_written(tmp_path: Path) -> None:
+    "A path through a file stands for every place that cannot be written, also for root."
+    (tmp_path / "file").write_text("")
+    with pytest.raises(LLMBotError, match="Cannot write"):
+        train(recipe(tmp_path, **{"training.output_dir": tmp_path / "file" / "bot"}), console=QUIET)
+
+
+def test_answers_must_be_supervised(tmp_path: Path) -> None:
+    "Rows without an assistant turn are counted as lost, and nothing is trained."
+    path = tmp_path / "questions.jsonl"
+    path.write_text('{"messages": [{"role": "user", "content": "hello?"}]}\n')
+    with pytest.raises(LLMBotError, match="Nothing is left to train on"):
+        train(recipe(tmp_path, **{"data.train": f"[{path}]"}), console=QUIET)
