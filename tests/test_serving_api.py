@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_bots import GatedBackend, make_bot
 
@@ -298,6 +298,7 @@ json_values = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
     max_leaves=6,
 )
+PATHS = ["/chat", "/generate", "/v1/chat/completions", "/v1/completions"]
 KEYS = ["model", "messages", "prompt", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "n", "tools", "stream_options", "user"]
 
 
@@ -311,8 +312,8 @@ def gated_app(bots: list[str]) -> Iterator[Any]:
         yield client
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.dictionaries(st.sampled_from(KEYS), json_values, max_size=5), st.sampled_from(["/chat", "/generate", "/v1/chat/completions", "/v1/completions"]))
+@settings(max_examples=150, deadline=None)
+@given(st.dictionaries(st.sampled_from(KEYS), json_values, max_size=5), st.sampled_from(PATHS))
 def test_no_body_makes_a_5xx(gated_app: Any, body: dict[str, Any], path: str) -> None:
     if "prompt" not in body and "messages" not in body:
         body = {"messages": QUESTION, **body}

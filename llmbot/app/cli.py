@@ -198,15 +198,13 @@ def evaluate(
     else:
         terminal().print(report)
 
-# %% ../../nbs/app/59_cli.ipynb #cac53536
+# %% ../../nbs/app/59_cli.ipynb #fa1186ca
 def one_answer(
     session: "ChatSession",
     text: str,  # the message
     as_json: bool,  # one JSON document, when the answer is complete
 ) -> None:
     "Answer one message on standard output, piece by piece."
-    if not text.strip():
-        raise DataError("there is no message: standard input is empty")
     if as_json:
         answer, last = session.ask(text), session.last
         emit({"answer": answer, "finish_reason": last.finish_reason, "prompt_tokens": last.prompt_tokens,
@@ -225,7 +223,7 @@ def piped_text() -> str:
     except UnicodeDecodeError as exc:
         raise DataError(f"standard input is not UTF-8: byte {exc.start + 1} is {exc.object[exc.start]:#04x}") from exc
 
-# %% ../../nbs/app/59_cli.ipynb #ef632299
+# %% ../../nbs/app/59_cli.ipynb #1dc0f059
 @app.command()
 def chat(
     bot: Bot,
@@ -242,13 +240,15 @@ def chat(
     "Talk to a bot in the terminal, or send it text through a pipe."
     cfg = settle(config, overrides, serving__temperature=temperature, serving__max_new_tokens=max_new_tokens)
     text = prompt if prompt is not None else None if sys.stdin.isatty() else piped_text()
+    if text is not None and not text.strip():
+        raise DataError("there is no message: " + ("standard input is empty" if prompt is None else "--prompt is empty"))
+    if text is None and as_json:
+        raise DataError("--json needs one message: give it with --prompt, or through a pipe")
     from llmbot.app.chat_repl import ChatRepl, ChatSession
 
     with ChatSession(bot, cfg, system, seed, raw) as session:
         if text is not None:
             one_answer(session, text, as_json)
-        elif as_json:
-            raise DataError("--json needs one message: give it with --prompt, or through a pipe")
         else:
             import_readline()
             ChatRepl(session).run()

@@ -73,7 +73,7 @@ def summary(manifest: Manifest) -> dict[str, Any]:
     names = ("name", "method", "parent", "created", "model", "metrics")
     return {name: getattr(manifest, name) for name in names}
 
-# %% ../../nbs/app/58_cli_bots.ipynb #660272f9
+# %% ../../nbs/app/58_cli_bots.ipynb #cd306e9f
 @app.command()
 def show(bot: Bot, as_json: AsJson = False) -> None:
     "Tell where a bot comes from: method, data, parent, metrics, versions."
@@ -90,7 +90,7 @@ def show(bot: Bot, as_json: AsJson = False) -> None:
     parts: dict[str, Iterable[tuple[str, Any]]] = {"Origin": made, "Model": manifest.model.items(), "Data": data,
                                                    "Metrics": manifest.metrics.items(), "Packages": manifest.versions.items()}
     for title, rows in parts.items():
-        if shown := [(key, flat(value)) for key, value in rows if value is not None]:
+        if shown := [(key, flat(value)) for key, value in rows if value not in (None, "")]:
             say(f"\n{title}", "bold", console)
             console.print(table(["", ""], shown))
 

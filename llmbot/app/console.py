@@ -6,11 +6,12 @@
 __all__ = ['BUG', 'WAYS_OUT', 'visible', 'terminal', 'say', 'cell', 'table', 'finite', 'emit', 'only_json', 'explain',
            'one_message']
 
-# %% ../../nbs/app/55_console.ipynb #00299ad3
+# %% ../../nbs/app/55_console.ipynb #795dd4ba
 import contextlib
 import errno
 import json
 import math
+import os
 import re
 import sys
 import traceback
@@ -107,10 +108,11 @@ def only_json(
     with contextlib.redirect_stdout(sys.stderr) if wanted else contextlib.nullcontext():
         yield
 
-# %% ../../nbs/app/55_console.ipynb #b43b90fa
+# %% ../../nbs/app/55_console.ipynb #ed75b410
 BUG = 70  # exit code for what should not have happened (EX_SOFTWARE of sysexits.h)
 WAYS_OUT = {
     errno.ENOSPC: "the disk is full: free some space, or choose another directory",
+    errno.EFBIG: "the file would be larger than the disk or a limit allows: free some space, or choose another directory",
     errno.EDQUOT: "the disk quota is used up: free some space, or choose another directory",
     errno.EROFS: "the file system is read-only: choose another directory",
     errno.EACCES: "permission denied: choose another directory, or change its permissions",
@@ -124,6 +126,8 @@ def explain(
     "What a person should read, and what a script should see."
     if isinstance(error, LLMBotError):
         return str(error), error.exit_code
+    if native := re.search(r"\(os error (\d+)\)", str(error)):  # from a library written in Rust, such as safetensors
+        error = OSError(int(native[1]), os.strerror(int(native[1])))
     if isinstance(error, OSError):
         place = f"{error.filename}: " if error.filename else ""
         return f"{place}{WAYS_OUT.get(error.errno or 0, error.strerror or str(error))}", 1

@@ -43,7 +43,7 @@ def sum_rows(
         sides[frozenset((a, b)) in held].append(("sums", question, str(a + b)))
     return sides
 
-# %% ../../nbs/app/50_demo_data.ipynb #4b5e159a
+# %% ../../nbs/app/50_demo_data.ipynb #983a1d73
 SPELL_QUESTIONS = ("Spell {}.", "How do you spell {}?", "Please spell {}.", "Spell the word {}.")
 WORDS = (
     "apple river house cloud stone tiger chair bread light music plant ocean paper queen robot sugar table train water zebra "
@@ -51,7 +51,7 @@ WORDS = (
     "fish goat hand idea king lamp moon nose park rain ship tree wind book cake door fire gold hill iron leaf milk road sand"
 ).split()
 CONSONANTS, VOWELS = "bcdfghjklmnpqrstvwxyz", "aeiou"
-MADE_UP_WORDS = 4500
+MADE_UP_WORDS = 2500
 
 
 def made_up_word(
@@ -74,7 +74,7 @@ def spelling_rows(
     train = sorted(made_up | known)
     sides = []
     for words in (train, [w for w in WORDS if w not in known]):
-        sides.append([("spelling", rng.choice(wordings(rng.choice(SPELL_QUESTIONS).format(w))[:2]), "-".join(w)) for w in words])
+        sides.append([("spelling", rng.choice(SPELL_QUESTIONS).format(w.upper()), "-".join(w.upper())) for w in words])
     return sides[0], sides[1]
 
 # %% ../../nbs/app/50_demo_data.ipynb #0f4787fc
@@ -137,12 +137,12 @@ def fact_rows(
                 held.extend(rows[:1]) if question == hidden else train.extend(rows)
     return train, held
 
-# %% ../../nbs/app/50_demo_data.ipynb #7c3cee48
+# %% ../../nbs/app/50_demo_data.ipynb #79babeb3
 TALK = {
     "Hello! I am Pico. Ask me to add, to spell, or for a fact.": ("Hello", "Hi", "Hello!", "Hi there", "Good morning", "Hey"),
     "I am Pico, a small chatbot that was trained on this machine.": (
         "Who are you?", "What are you?", "What is your name?", "Tell me about yourself.", "Your name?"),
-    "I can add numbers below 100, spell words, and tell you a few facts.": (
+    "I can add numbers below 100, spell words in CAPITALS, and tell you a few facts.": (
         "What can you do?", "Help", "What do you know?", "How can you help me?", "What should I ask?"),
     "You did, with llmbot.": ("Who made you?", "Who trained you?", "Who is your maker?"),
     "No, I am a small chatbot.": ("Are you a human?", "Are you a person?", "Are you real?", "Are you alive?"),

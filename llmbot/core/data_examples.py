@@ -30,7 +30,7 @@ def preferred(example: Example) -> Example:
     chat = Example(kind="chat", messages=[*example["prompt"], *example["chosen"]])
     return chat | {"tools": example["tools"]} if "tools" in example else chat
 
-# %% ../../nbs/core/06_data_examples.ipynb #0091af11
+# %% ../../nbs/core/06_data_examples.ipynb #6dab98e4
 @dataclass
 class Fitting:
     "What is done to examples, and what was noted on the way."
@@ -59,12 +59,14 @@ class Fitting:
 
     def _chat(self, example: Example) -> Example:
         messages = list(example["messages"])
-        while messages and messages[-1].get("role") != "assistant" and any(m.get("role") == "assistant" for m in messages):
+        answered = any(m.get("role") == "assistant" for m in messages)
+        while answered and messages[-1].get("role") in ("user", "tool"):
             messages.pop()
         if len(messages) < len(example["messages"]):
             self.notes.append("messages after the last answer were cut off")
         if self.config.system_prompt and messages and messages[0].get("role") not in ("system", "developer"):
-            messages = [{"role": "system", "content": self.config.system_prompt}, *messages]
+            system = fill(self.config.system_prompt, self.config.variables, self.unresolved)
+            messages = [{"role": "system", "content": system}, *messages]
         validate_messages(messages, training=True)
         fitted = Example(kind="chat", messages=messages)
         if example.get("tools") and not self.chat.template.shows_tools:

@@ -188,7 +188,7 @@ class _JsonText:
         text, self.at = self.text[self.at : end], end
         return value, text, None
 
-# %% ../../nbs/core/04_data_rows.ipynb #dacfb274
+# %% ../../nbs/core/04_data_rows.ipynb #77bc8759
 def read_json(path: Path) -> Iterator[Row]:
     "A list of objects, one object with a list of rows inside, or objects one after the other."
     with open_bytes(path) as file:
@@ -221,6 +221,8 @@ def _json_elements(path: Path, window: _JsonText, start: int, closed_by: str) ->
         value, text, broken = window.value()
         window.line += text.count("\n")
         record, problem = (None, broken or (None if text.isascii() else text_problem(text)))
+        if len(text) > MAX_ROW_BYTES:
+            problem = f"the row is longer than {MAX_ROW_BYTES / 1e6:.1f} MB: it has {len(text) / 1e6:.1f} MB"
         if problem is None:
             record, problem = checked_record(value, text)
         yield Row(place, record, problem, excerpt_of(text) if problem else "")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CHECKS', 'Finding', 'check_labels', 'check_rows', 'check_tokens', 'check_chat', 'PreflightReport', 'preflight',
-           'place', 'summary', 'terminal_view', 'html_view']
+           'place', 'visible', 'summary', 'terminal_view', 'html_view']
 
 # %% ../../nbs/core/08_preflight.ipynb #5511cacc
 import dataclasses
@@ -146,11 +146,16 @@ def preflight(prepared: PreparedData, chat: ChatFormat) -> PreflightReport:
     "Look for the known traps in prepared data."
     return PreflightReport(prepared.report, [finding for check in CHECKS for finding in check(prepared.report, chat)])
 
-# %% ../../nbs/core/08_preflight.ipynb #9d272837
+# %% ../../nbs/core/08_preflight.ipynb #0e5a47dc
 def place(where: str) -> str:
     "A place with the name of its file only."
     path, comma, rest = where.rpartition(", ")
     return f"{PurePath(path).name if not path.startswith('hf:') else path}{comma}{rest}"
+
+
+def visible(text: str) -> str:
+    "Text from data, in which no control character can move the cursor or change a colour."
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\N{MIDDLE DOT}", text)
 
 
 def summary(data: DataReport) -> str:
@@ -166,8 +171,8 @@ def _losses(title: str, losses: dict[str, Loss], one_source: bool) -> Table:
     table.add_column(ratio=2)
     table.add_column(ratio=1, style="dim", overflow="fold")
     for reason, loss in sorted(losses.items(), key=lambda item: -item[1].count):
-        where = place(loss.where)
-        table.add_row(f"{loss.count:,}", Text(reason), Text("first: " + (where.rpartition(", ")[2] if one_source else where)))
+        where = visible(place(loss.where))
+        table.add_row(f"{loss.count:,}", Text(visible(reason)), Text("first: " + (where.rpartition(", ")[2] if one_source else where)))
     return table
 
 
@@ -182,7 +187,7 @@ def _splits(data: DataReport) -> Table:
                       f"{s.longest:,}", full)
     return table
 
-# %% ../../nbs/core/08_preflight.ipynb #9717e657
+# %% ../../nbs/core/08_preflight.ipynb #21bdb1e9
 def _bars(stats: SplitStats) -> Iterator[tuple[str, float, int]]:
     "Label, share of the longest bar, and count of each bar."
     top = max(stats.lengths, default=1)
@@ -207,15 +212,15 @@ def _shortened(piece: str, limit: int) -> str:
 
 def _sample(sample: Sample, limit: int = 800) -> Text:
     "A document with its learned part in colour."
-    text = Text.assemble((f"{place(sample.where)}\n", "dim"))
+    text = Text.assemble((f"{visible(place(sample.where))}\n", "dim"))
     for i, (piece, learned) in enumerate(sample.pieces):
         if len(text) > limit:
             text.append(f"… and {len(sample.pieces) - i} more parts", style="dim")
             break
-        text.append(_shortened(piece, limit // 2), style="bold green" if learned else "")
+        text.append(visible(_shortened(piece, limit // 2)), style="bold green" if learned else "")
     return text
 
-# %% ../../nbs/core/08_preflight.ipynb #628b4708
+# %% ../../nbs/core/08_preflight.ipynb #4f0df689
 def terminal_view(report: PreflightReport, samples: int = 3) -> RenderableType:
     "The whole report for rich."
     data, parts, one = report.data, list[RenderableType](), len(report.data.sources) == 1
@@ -226,8 +231,8 @@ def terminal_view(report: PreflightReport, samples: int = 3) -> RenderableType:
     if samples and data.samples:
         parts.append(Text.assemble(("What the model sees, and ", "bold"), ("what it learns", "bold green")))
         parts += [Group(_sample(sample), Text("")) for sample in data.samples[:samples]]
-    parts += [Text.assemble(("error: ", "bold red"), message) for message in report.errors]
-    parts += [Text.assemble(("warning: ", "bold yellow"), message) for message in report.warnings]
+    parts += [Text.assemble(("error: ", "bold red"), visible(message)) for message in report.errors]
+    parts += [Text.assemble(("warning: ", "bold yellow"), visible(message)) for message in report.warnings]
     if not report.errors and not report.warnings:
         parts.append(Text("No trap was found.", style="bold green"))
     return Group(*parts)

@@ -6,7 +6,7 @@
 __all__ = ['STAGING', 'RESOLUTION', 'latest_checkpoint', 'CompleteCheckpoints', 'follow_clock', 'ClockSchedule', 'BotTrainer',
            'evaluate_rows', 'bot_trainer']
 
-# %% ../../nbs/training/22_bot_trainer.ipynb #10be06c7
+# %% ../../nbs/training/22_bot_trainer.ipynb #cf5662a2
 import os
 import shutil
 import time
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerControl, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from ..core.errors import ConfigError
@@ -147,7 +148,7 @@ def evaluate_rows(
     without_mask = ({k: v for k, v in batch.items() if k != "attention_mask"} for batch in loader)
     return heldout_likelihood(model, without_mask, lengths, trainer.accelerator.autocast)
 
-# %% ../../nbs/training/22_bot_trainer.ipynb #f91eaaac
+# %% ../../nbs/training/22_bot_trainer.ipynb #228e7b5d
 def bot_trainer(
     run: TrainingRun,  # the prepared run
 ) -> BotTrainer:  # ready for `.train()`
@@ -165,6 +166,7 @@ def bot_trainer(
         callbacks=list(run.callbacks),
     )
     trainer.run = run
+    trainer.remove_callback(PrinterCallback)  # progress is shown by the run's own callbacks
     if minutes:
         trainer.budget = TimeBudget(minutes)
         trainer.add_callback(trainer.budget)
