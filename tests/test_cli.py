@@ -158,6 +158,8 @@ MISTAKES: dict[str, tuple[list[str], int, list[str]]] = {
     "unknown recipe": (["config", "init", "stf"], 2, ["stf", "sft"]),
     "file is there": (["config", "init", "sft", "-o", "recipe.yaml"], 2, ["recipe.yaml", "--force"]),
     "nothing to verify": (["models", "verify", "damaged"], 4, ["llmbot.json"]),
+    "no quickstart to resume": (["quickstart", "--resume"], 5, ["--resume"]),
+    "a quickstart in a full directory": (["quickstart", "--dir", "bots"], 5, ["bots", "not empty"]),
     "no such directory": (["models", "list", "--dir", "absent"], 4, ["absent"]),
 }
 

@@ -174,7 +174,8 @@ def test_collator() -> None:
 
 BAD: dict[str, str | dict] = {
     "cut in half": '{"messages": [{"role": "us',
-    "not UTF-8": '{"text": "\udcff"}',
+    "not UTF-8": json.dumps(talk("a", "X")).replace("X", "\udcff"),
+    "half of a surrogate pair": json.dumps(talk("a", "\ud83d")),
     "no answer": {"messages": [{"role": "user", "content": "Hi"}]},
     "empty answer": talk("Hi", " "),
     "assistant first": {"messages": [{"role": "assistant", "content": "Hi"}, {"role": "user", "content": "Hi"}]},
@@ -201,7 +202,7 @@ def test_each_fault_is_counted_or_raised(tmp_path: Path, fault: str) -> None:
     assert (report.rows_read, report.rows_kept) == (3, 2)
     [loss] = report.dropped.values()
     assert loss.where == f"{path}, line 2"
-    assert loss.detail
+    assert fault not in ("not UTF-8", "half of a surrogate pair") or fault in loss.detail
     strict = dataclasses.replace(config, on_bad_row="raise")
     if fault == "too long":
         assert prepare_data(strict, CHAT, kind="chat", max_seq_length=256, packing=False).report.rows_kept == 2
@@ -275,9 +276,11 @@ LONG = talk("q1", "a" * 30, "q2", "b" * 30, "q3", "c" * 30, system="s")
 
 
 def test_truncate_left_keeps_system_and_newest(tmp_path: Path) -> None:
-    data = prepare(tmp_path, [LONG], length=150, on_overlong="truncate_left")
-    [text] = texts(data.train)
-    assert text == CHAT.render([LONG["messages"][0], *LONG["messages"][3:]]).text
+    whole = CHAT.render(LONG["messages"])
+    for length, oldest in ((len(whole.input_ids) - 1, 3), (100, 5)):
+        data = prepare(tmp_path, [LONG], length=length, on_overlong="truncate_left")
+        [text] = texts(data.train)
+        assert text == CHAT.render([LONG["messages"][0], *LONG["messages"][oldest:]]).text
     assert "oldest exchanges" in next(iter(data.report.changed))
     assert data.report.splits["train"].stop_supervised == 1
 
@@ -456,6 +459,17 @@ def test_stream_is_the_same_documents(tmp_path: Path) -> None:
     assert stream.report.partial
 
 
+def test_stream_leaves_out_what_is_held_out(tmp_path: Path) -> None:
+    "Rows of the validation file, and rows that the hash holds out far behind the preview."
+    held = write(tmp_path, [talk("a", "1")], "held.jsonl")
+    rows: list[dict | str] = [talk("a", "1"), talk("a", "2"), talk("b", "3")]
+    data = prepare(tmp_path, rows, validation=[held], streaming=True)
+    assert [learned([row])[0] for row in data.train] == ["2<|im_end|>", "3<|im_end|>"]
+    assert len(data.validation) == 1
+    tiny = prepare(tmp_path, rows[1:], validation_split=0.01, streaming=True)
+    assert (tiny.validation, len(list(tiny.train))) == (None, 2)
+
+
 def test_stream_of_text_loses_no_token(tmp_path: Path) -> None:
     text = "".join(f"paragraph {i} says something.\n\n" for i in range(20_000))
     (tmp_path / "book.txt").write_text(text)
@@ -510,7 +524,7 @@ def test_real_conversations(shared: Path, stories: ChatFormat, tmp_path: Path, n
     if name == "sft/identity.json":
         assert sum("has no value" in warning for warning in found.warnings) == 2
     if name == "sft/chatterbot":
-        assert report.changed["a question with several answers"].count == 58
+        assert report.changed["a question with several answers, each became a conversation"].count == 58
 
 
 @pytest.mark.parametrize("name", ["tinyshakespeare.txt", "inaugural.txt", "genesis-web.txt"])

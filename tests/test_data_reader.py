@@ -159,6 +159,16 @@ def test_hub_offline() -> None:
         list(read_rows(["hf:nobody/nothing"]))
 
 
+def test_data_sets_of_datasets(tmp_path: Path) -> None:
+    "A data set as `datasets` knows it, here in a local directory, with and without a split of its own."
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps({"prompt": split, "completion": "x"}))
+    for name, split in ((f"hf:{tmp_path}", "train"), (f"hf:{tmp_path}@test", "test")):
+        [row] = read_rows([name])
+        assert row.record == {"prompt": split, "completion": "x"}
+        assert str(row.location) == f"{name}, row 1"
+
+
 def test_json_lines_and_objects_in_json(tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
     path.write_text('{"text": "a"}\n{"text": "b"}\n{"text": ')

@@ -5,10 +5,13 @@ import threading
 from collections.abc import AsyncGenerator
 from pathlib import Path
 
+import torch
+
 from llmbot.core.config import ModelConfig, ServingConfig
 from llmbot.core.model_manager import load_bot, new_model, save_bot, train_tokenizer
 from llmbot.serving.backends import Capabilities, Chunk, GenerationRequest, register_backend
 
+torch.set_num_threads(1)  # models this small are fastest on one thread, and two wait for each other on a busy machine
 CORPUS = ["Grüße, 世界! 😀 What is 12 + 30? It is 42.", "Once upon a time there was a bot.\u2028Ünïcödé 字字 😀😁"]
 
 

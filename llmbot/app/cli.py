@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['app', 'data_app', 'Bot', 'Overrides', 'Recipe', 'Resume', 'print_version', 'options', 'complete_bot', 'settle',
-           'quiet_libraries', 'quickstart', 'train', 'inspect_data', 'inspect', 'evaluate', 'one_answer', 'piped_text',
-           'chat', 'import_readline', 'serve', 'main']
+           'quiet_libraries', 'resumable', 'quickstart', 'train', 'inspect_data', 'inspect', 'evaluate', 'one_answer',
+           'piped_text', 'chat', 'import_readline', 'serve', 'main']
 
-# %% ../../nbs/app/59_cli.ipynb #3df44725
+# %% ../../nbs/app/59_cli.ipynb #6b8c0f9d
+import contextlib
 import dataclasses
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -82,8 +84,18 @@ def quiet_libraries() -> None:
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
-# %% ../../nbs/app/59_cli.ipynb #d9e37329
+# %% ../../nbs/app/59_cli.ipynb #2769c099
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run that was stopped.")]
+
+
+@contextlib.contextmanager
+def resumable() -> Iterator[None]:
+    "Ctrl-C ends the command with exit code 130, and says how to go on."
+    try:
+        yield
+    except KeyboardInterrupt:
+        say("\nStopped. Go on from the last checkpoint with the same command and --resume.", "yellow", terminal(sys.stderr))
+        raise typer.Exit(130) from None
 
 
 @app.command()
@@ -96,7 +108,7 @@ def quickstart(
     "Make a first chatbot from nothing in a few minutes: data, training, evaluation, report, live answers."
     from llmbot.app.quickstart import quickstart as run
 
-    with only_json(as_json):
+    with only_json(as_json), resumable():
         result = run(directory, resume=resume, seed=seed, console=terminal())
     if as_json:
         emit(dataclasses.asdict(result))
@@ -108,12 +120,8 @@ def train(arguments: Arguments = None, resume: Resume = False, as_json: AsJson =
     cfg = check_config(read_arguments(arguments), "train")
     from llmbot.training.trainer import train as run
 
-    try:
-        with only_json(as_json):
-            result = run(cfg, resume=resume)
-    except KeyboardInterrupt:
-        say("\nStopped. Go on from the last checkpoint with the same command and --resume.", "yellow", terminal(sys.stderr))
-        raise typer.Exit(130) from None
+    with only_json(as_json), resumable():
+        result = run(cfg, resume=resume)
     if as_json:
         emit({key: value for key, value in dataclasses.asdict(result).items() if key != "history"})
         return
@@ -223,7 +231,7 @@ def piped_text() -> str:
     except UnicodeDecodeError as exc:
         raise DataError(f"standard input is not UTF-8: byte {exc.start + 1} is {exc.object[exc.start]:#04x}") from exc
 
-# %% ../../nbs/app/59_cli.ipynb #1dc0f059
+# %% ../../nbs/app/59_cli.ipynb #667b6284
 @app.command()
 def chat(
     bot: Bot,
@@ -256,7 +264,6 @@ def chat(
 
 def import_readline() -> None:
     "Arrow keys and history in `input`, where the platform has them."
-    import contextlib
     import importlib
 
     with contextlib.suppress(ImportError):

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from llmbot.evaluation.evaluate import EvaluationReport
     from llmbot.training.trainer import TrainingResult
 
-# %% ../../nbs/app/52_quickstart.ipynb #0d4fe8b0
+# %% ../../nbs/app/52_quickstart.ipynb #b3dbcfc9
 BOT_NAME = "first-bot"
 MAIN_SKILL = "sums"
 QUESTIONS = ("Who are you?", "What is 27 + 45?", "How do you spell ZEBRA?")
@@ -38,7 +38,7 @@ QUESTIONS = ("Who are you?", "What is 27 + 45?", "How do you spell ZEBRA?")
 def quickstart_recipe(
     directory: Path,  # the quickstart's directory, with its data in `data/`
     seed: int = 42,  # of weights and order
-    max_steps: int = 1300,  # optimizer steps
+    max_steps: int = 1600,  # optimizer steps
 ) -> Config:  # for `train`
     "The recipe of the first bot: the sft method on a new model."
     return load_config(
@@ -165,17 +165,17 @@ def write_report(
     }
     path.write_text(html_page("Your first chatbot", "Trained from random weights on this machine.", sections), encoding="utf-8")
 
-# %% ../../nbs/app/52_quickstart.ipynb #260b1214
+# %% ../../nbs/app/52_quickstart.ipynb #3eee327b
 def next_commands(
     bot: Path,  # the bot's directory
     recipe: Path,  # the recipe's file
 ) -> list[str]:  # for the terminal and the report
     "What a person can do with the bot now."
     return [
-        f"llmbot chat {bot}        # talk to it",
-        f"llmbot serve {bot}       # an API that the openai client speaks",
-        f"llmbot data inspect {recipe}   # see what it learned from",
-        f"llmbot train {recipe} training.output_dir={bot}-2   # change the recipe and train again",
+        f"llmbot chat {bot}",
+        f"llmbot serve {bot}",
+        f"llmbot data inspect {recipe}",
+        f"llmbot train {recipe} training.output_dir={bot}-2 training.max_steps=2400",
     ]
 
 
@@ -191,13 +191,13 @@ def skill_table(
         table.add_row(group.name, str(group.rows), f"{group.metrics['exact_match']:.3f}")
     return table
 
-# %% ../../nbs/app/52_quickstart.ipynb #cbae1c99
+# %% ../../nbs/app/52_quickstart.ipynb #37266b4d
 def quickstart(
     directory: str | Path | None = None,  # a new directory; None for `quickstart`, `quickstart-2`, ...
     *,
     resume: bool = False,  # go on with an unfinished one
     seed: int = 42,  # of data, weights and order
-    max_steps: int = 1300,  # optimizer steps; fewer make a quick trial that learns little
+    max_steps: int = 1600,  # optimizer steps; fewer make a quick trial that learns little
     console: Console | None = None,  # where everything is shown
 ) -> QuickstartResult:  # what was made and measured
     "Train a first chatbot from nothing, measure it on held-out prompts, write a report, and let it answer."
@@ -219,7 +219,7 @@ def quickstart(
     trained = train(cfg, resume=resume and began, console=console)
     return conclude(home, trained, started, console)
 
-# %% ../../nbs/app/52_quickstart.ipynb #f4b52283
+# %% ../../nbs/app/52_quickstart.ipynb #f70a80dc
 def conclude(
     home: Path,  # the quickstart's directory
     trained: "TrainingResult",  # its run
@@ -237,8 +237,8 @@ def conclude(
     commands = next_commands(trained.bot, home / "recipe.yaml")
     write_report(home / "report.html", trained, evaluated, manifest.model if manifest else {}, commands)
     seconds = time.monotonic() - started
-    console.print(f"\nDone in {seconds:.0f} s. The bot: {trained.bot}. The report: {home / 'report.html'}.\n", highlight=False)
-    console.print("Next:\n  " + "\n  ".join(commands), highlight=False, markup=False)
+    console.print(f"\nDone in {seconds:.0f} s.\nThe bot:    {trained.bot}\nThe report: {home / 'report.html'}\n", highlight=False, soft_wrap=True)
+    console.print("Next:\n  " + "\n  ".join(commands), highlight=False, markup=False, soft_wrap=True)
     scores = {g.name: g.metrics["exact_match"] for g in evaluated.groups}
     asked = dict(zip(QUESTIONS, answers, strict=True))
     return QuickstartResult(home, trained.bot, home / "report.html", scores, asked, seconds, trained.metrics)

@@ -63,7 +63,7 @@ def scratch_learning_rate(
     """
     return min(3e-3, 6e-4 * (768 / hidden_size) ** 0.65)
 
-# %% ../../nbs/core/08_architectures.ipynb #a6807a68
+# %% ../../nbs/core/08_architectures.ipynb #e15cb8c5
 DEFAULT_PRESET = "qwen3-1m"
 
 
@@ -75,8 +75,11 @@ def resolve_shape(
         raise ConfigError(f"model.preset is '{model.preset}'; the presets are {', '.join(PRESETS)}.")
     start = depth_rule(model.depth) if model.depth is not None else PRESETS[model.preset or DEFAULT_PRESET]
     given = {name: getattr(model, name) for name in Shape.__dataclass_fields__ if getattr(model, name) is not None}
-    if "hidden_size" in given and not {"head_dim", "num_attention_heads"} & given.keys():
-        raise ConfigError("model.hidden_size needs model.num_attention_heads or model.head_dim beside it: heads do not follow from it.")
+    width, heads = given.get("hidden_size", start.hidden_size), given.get("num_attention_heads", start.num_attention_heads)
+    if width != start.hidden_size or heads != start.num_attention_heads:  # what is not said follows from what is
+        if width % heads and "head_dim" not in given:
+            raise ConfigError(f"model.hidden_size {width} is not a multiple of {heads} attention heads: set model.head_dim, or change one.")
+        given = {"head_dim": width // heads, "num_key_value_heads": heads, "intermediate_size": 3 * width} | given
     shape = Shape(**{**start.__dict__, **given})
     if shape.num_attention_heads % shape.num_key_value_heads:
         raise ConfigError(

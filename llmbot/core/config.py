@@ -235,7 +235,7 @@ def serving_conflicts(serving: "ServingConfig") -> Iterator[Conflict]:
     if len(set(serving.models)) < len(serving.models):
         yield Conflict(("models",), "the same bot is listed twice")
 
-# %% ../../nbs/core/01_config.ipynb #29ba59bf
+# %% ../../nbs/core/01_config.ipynb #c9bd2aba
 @section("serving")
 @dataclass(kw_only=True, config=STRICT)
 class ServingConfig:
@@ -250,7 +250,7 @@ class ServingConfig:
                                   json_schema_extra={"expected": "origins such as https://chat.example.org, or *"})
     max_concurrent_requests: Size = Field(default=8, json_schema_extra=MUTABLE, description="Answers generated at a time")
     max_queue_size: int = Field(default=64, ge=0, json_schema_extra=MUTABLE,
-                                description="Requests that may wait; above that they are refused with 429")
+                                description="Requests that may wait; above that they are refused with 503")
     request_timeout_s: float = Field(default=120, gt=0, json_schema_extra=MUTABLE, description="Seconds for a whole answer")
     max_new_tokens: Size = Field(default=256, json_schema_extra=MUTABLE, description="Length of an answer, unless asked for")
     max_new_tokens_limit: Size = Field(default=4096, json_schema_extra=MUTABLE, description="Longest answer one may ask for")

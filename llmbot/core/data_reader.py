@@ -103,7 +103,19 @@ def read_yaml(path: Path) -> Iterator[Row]:
     except (yaml.YAMLError, RecursionError) as exc:
         raise DataError(f"{path}: not YAML: {' '.join(str(exc).split())}") from exc
 
-# %% ../../nbs/core/05_data_reader.ipynb #dbb28453
+# %% ../../nbs/core/05_data_reader.ipynb #69c1e6cb
+def _csv_header(path: Path, line: str) -> tuple[list[str], str]:
+    "The names of the columns and the separator; raises `DataError` when the first line names none, or one twice."
+    separator = max("\t" if suffix_of(path) == ".tsv" else ",", *";\t|", key=line.count)
+    try:
+        header = next(csv.reader([line], delimiter=separator), [])
+    except csv.Error:
+        header = []
+    if text_problem(line) or not header or len(set(header)) < len(header):
+        raise DataError(f"{path}: the first line must name the columns, each once, and this is {excerpt_of(line)!r}.")
+    return header, separator
+
+# %% ../../nbs/core/05_data_reader.ipynb #cc04ee3c
 def read_csv(path: Path) -> Iterator[Row]:
     "A header and then one row a record; the separator is found from the header among comma, semicolon, tab and bar."
     with open_bytes(path) as file:
@@ -117,11 +129,7 @@ def read_csv(path: Path) -> Iterator[Row]:
                     yield text
 
         source = lines()
-        header_line = next(source, "")
-        separator = max("\t" if suffix_of(path) == ".tsv" else ",", *";\t|", key=header_line.count)
-        header = next(csv.reader([header_line], delimiter=separator), [])
-        if text_problem(header_line) or len(set(header)) < len(header):
-            raise DataError(f"{path}: the first line must name the columns, each once, and this is {excerpt_of(header_line)!r}.")
+        header, separator = _csv_header(path, next(source, ""))
         csv.field_size_limit(MAX_ROW_BYTES)
         table = csv.reader(source, delimiter=separator, strict=True)
         row = 0
@@ -209,14 +217,15 @@ def read_text(path: Path) -> Iterator[Row]:
                 blocks.size += len(text)
     yield from blocks.close(line + 1, ends=True)
 
-# %% ../../nbs/core/05_data_reader.ipynb #88f5d632
+# %% ../../nbs/core/05_data_reader.ipynb #32f30a2e
 def read_hub(name: str, split: str) -> Iterator[Row]:
-    "The rows of `hf:OWNER/NAME` or `hf:OWNER/NAME:CONFIG`; raises `DataError` when it cannot be reached."
+    "The rows of `hf:OWNER/NAME`, `hf:OWNER/NAME:CONFIG` or either with `@SPLIT`; raises `DataError` when it cannot be reached."
     import datasets
 
-    path, _, config = name.removeprefix("hf:").partition(":")
+    path, _, own_split = name.removeprefix("hf:").partition("@")
+    path, _, config = path.partition(":")
     try:
-        rows = datasets.load_dataset(path, config or None, split=split, streaming=True)
+        rows = datasets.load_dataset(path, config or None, split=own_split or split, streaming=True)
         for number, record in enumerate(rows, 1):
             yield Row(Location(name, number), record)
     except Exception as exc:  # network, authorisation, missing configuration or split: many libraries, many exceptions

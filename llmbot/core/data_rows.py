@@ -96,7 +96,7 @@ def text_problem(text: str) -> str | None:
         return f"the text has half of a surrogate pair: \\u{code:04x}"
     return None
 
-# %% ../../nbs/core/04_data_rows.ipynb #9584f1ed
+# %% ../../nbs/core/04_data_rows.ipynb #677b911e
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -108,7 +108,7 @@ def json_record(text: str) -> tuple[dict[str, Any] | None, str | None]:
         value = json.loads(text)
     except json.JSONDecodeError as exc:
         cut = exc.pos >= len(text.rstrip()) or exc.msg.startswith("Unterminated")
-        return None, f"{'the JSON is cut off' if cut else 'not JSON'}: {exc.msg} at character {exc.pos + 1}"
+        return None, f"{'the JSON is cut off' if cut else 'not JSON'}: {exc.msg.removesuffix(' at')} at character {exc.pos + 1}"
     except (RecursionError, ValueError) as exc:
         return None, f"not usable JSON: {exc}"
     return checked_record(value, text)
@@ -143,7 +143,7 @@ def read_jsonl(path: Path) -> Iterator[Row]:
             row += 1
             record = None
             if problem is None:
-                record, problem = json_record(text)
+                record, problem = json_record(text.rstrip("\r\n"))
             yield Row(Location(str(path), row, line), record, problem, excerpt_of(text) if problem else "")
 
 # %% ../../nbs/core/04_data_rows.ipynb #a4308923

@@ -25,7 +25,7 @@ from .data_processor import PreparedData
 from .data_report import DataReport, Loss, Sample, SplitStats
 from .errors import DataError
 
-# %% ../../nbs/core/08_preflight.ipynb #5b0a2744
+# %% ../../nbs/core/08_preflight.ipynb #64de519a
 @dataclass(frozen=True)
 class Finding:
     "Something that a person should know before training."
@@ -45,11 +45,12 @@ def check_labels(report: DataReport, chat: ChatFormat) -> Iterator[Finding]:
         return
     share, stop = train.supervised_share, report.stop_token or "an end token"
     if not train.stop_supervised:
-        why = ("the chat template ends an answer with no special token" if not chat.template.stop_token
-               else "all answers were cut off before it" if report.settings.get("on_overlong") == "truncate_right"
-               else "it is masked in every row")
-        yield Finding("error", f"The stop token {stop} is never learned: {why}. The bot would never end an answer.",
-                      "Set model.chat_template=chatml, or data.max_seq_length higher.")
+        longer = "Raise data.max_seq_length, or set data.on_overlong to drop or split."
+        why, advice = (
+            ("the chat template ends an answer with no special token", "Set model.chat_template=chatml.") if not chat.template.stop_token
+            else ("all answers were cut off before it", longer) if report.settings.get("on_overlong") == "truncate_right"
+            else ("it is masked in every row", "Set model.chat_template=chatml."))
+        yield Finding("error", f"The stop token {stop} is never learned: {why}. The bot would never end an answer.", advice)
     elif train.stop_supervised < train.documents:
         yield Finding("warning", f"{train.documents - train.stop_supervised} of {train.documents} documents end before their stop "
                       f"token {stop}: from them the bot learns to go on.", "Set data.on_overlong to drop or split.")

@@ -6,7 +6,7 @@
 __all__ = ['BotRequest', 'GenerateRequest', 'ChatRequest', 'Usage', 'Answer', 'ChatAnswer', 'bot_router', 'status_router',
            'create_app', 'listen', 'serve', 'running_server']
 
-# %% ../../nbs/serving/38_api_server.ipynb #d028b03f
+# %% ../../nbs/serving/38_api_server.ipynb #077f50c0
 import asyncio
 import concurrent.futures
 import contextlib
@@ -26,8 +26,8 @@ from ..core.config import Config, ServingConfig, is_loopback
 from ..core.config_io import LiveConfig
 from ..core.errors import ConfigError, ServingError
 from .backends import BOUNDS, Chunk
-from .http_exchange import SamplingFields, respond
-from .http_guard import BodyReader, Doorkeeper, RequestNames, StrictRoute, install_error_handlers
+from .http_exchange import STREAMS, SamplingFields, respond
+from .http_guard import ERRORS, BodyReader, Doorkeeper, RequestNames, StrictRoute, install_error_handlers
 from .model_server import ModelServer
 from .openai_api import openai_router, usage
 
@@ -73,7 +73,7 @@ class ChatAnswer(Answer):
 
     message: dict[str, str]
 
-# %% ../../nbs/serving/38_api_server.ipynb #bc8e6810
+# %% ../../nbs/serving/38_api_server.ipynb #a09090bc
 def bot_router(server: ModelServer) -> APIRouter:
     "`/generate` and `/chat`."
     router = APIRouter(route_class=StrictRoute, tags=["Bots"])
@@ -96,12 +96,12 @@ def bot_router(server: ModelServer) -> APIRouter:
         chunks = server.stream(prompt, bot.name, asked.params(asked.max_new_tokens), name)
         return await respond(request, chunks, asked.stream, body, frames)
 
-    @router.post("/generate", response_model=Answer)
+    @router.post("/generate", response_model=Answer, responses=STREAMS)
     async def generate(request: Request, asked: GenerateRequest) -> Response:
         "Continue a text."
         return await answer(request, asked, asked.prompt)
 
-    @router.post("/chat", response_model=ChatAnswer)
+    @router.post("/chat", response_model=ChatAnswer, responses=STREAMS)
     async def chat(request: Request, asked: ChatRequest) -> Response:
         "Answer a conversation with the bot's own chat template."
         return await answer(request, asked, asked.messages)
@@ -133,7 +133,7 @@ def status_router(server: ModelServer) -> APIRouter:
 
     return router
 
-# %% ../../nbs/serving/38_api_server.ipynb #65f96e3c
+# %% ../../nbs/serving/38_api_server.ipynb #500d2925
 def create_app(
     cfg: Config | LiveConfig,  # updates of a LiveConfig are in force at once
 ) -> FastAPI:  # the `ModelServer` is its `state.server`
@@ -146,7 +146,7 @@ def create_app(
         async with server:
             yield
 
-    app = FastAPI(title="llmbot", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(title="llmbot", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None, responses=ERRORS)
     app.state.server = server
     for router in (bot_router(server), status_router(server), openai_router(server)):
         app.include_router(router)
@@ -165,7 +165,7 @@ def create_app(
     app.add_middleware(RequestNames)
     return app
 
-# %% ../../nbs/serving/38_api_server.ipynb #2deafa06
+# %% ../../nbs/serving/38_api_server.ipynb #b90a113c
 def listen(
     serving: ServingConfig,
 ) -> tuple[socket.socket, str]:  # a listening socket, and its URL
@@ -173,7 +173,9 @@ def listen(
     host = serving.host.strip("[]")
     if serving.token is None and not is_loopback(host):
         raise ConfigError(f"serving.host '{host}' can be reached from other machines: set serving.token, or use 127.0.0.1")
-    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # asyncio switches Nagle's algorithm off only where the protocol is named; with it on, small events wait 40 ms
+    sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         sock.bind((host, serving.port))

@@ -6,7 +6,7 @@
 __all__ = ['UNSUPPORTED', 'refuse_unsupported', 'StreamOptions', 'OpenAIFields', 'ChatCompletionRequest', 'CompletionRequest',
            'usage', 'Shapes', 'model_card', 'openai_router']
 
-# %% ../../nbs/serving/37_openai_api.ipynb #4e269e50
+# %% ../../nbs/serving/37_openai_api.ipynb #cd968dbc
 import time
 from collections.abc import Iterator
 from typing import Annotated, Any
@@ -15,7 +15,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from .backends import BOUNDS, Chunk, RequestError
-from .http_exchange import SamplingFields, respond
+from .http_exchange import STREAMS, SamplingFields, respond
 from .http_guard import StrictRoute, logger
 from .model_server import HostedBot, ModelServer
 
@@ -144,7 +144,7 @@ class Shapes:
         choice = {"index": 0, **content, "logprobs": None, "finish_reason": finish_reason}
         return {**head, "choices": [choice], **({"usage": None} if self._usage else {})}
 
-# %% ../../nbs/serving/37_openai_api.ipynb #53f981e9
+# %% ../../nbs/serving/37_openai_api.ipynb #17b81e50
 def model_card(bot: HostedBot) -> dict[str, Any]:
     "A bot as OpenAI lists a model."
     return {"id": bot.name, "object": "model", "created": bot.created, "owned_by": "llmbot"}
@@ -163,13 +163,13 @@ def openai_router(server: ModelServer) -> APIRouter:
         chunks = server.stream(prompt, bot.name, asked.params(limit), name)
         return await respond(request, chunks, asked.stream, shapes.body, shapes.frames)
 
-    @router.post("/chat/completions")
+    @router.post("/chat/completions", responses=STREAMS)
     async def chat_completions(request: Request, asked: ChatCompletionRequest) -> Response:
         "Answer a conversation with the bot's own chat template."
         limit = asked.max_tokens if asked.max_completion_tokens is None else asked.max_completion_tokens
         return await answer(request, asked, asked.messages, limit, "chat.completion")
 
-    @router.post("/completions")
+    @router.post("/completions", responses=STREAMS)
     async def completions(request: Request, asked: CompletionRequest) -> Response:
         "Continue a text."
         only = asked.prompt[0] if isinstance(asked.prompt, list) and isinstance(asked.prompt[0], str) else asked.prompt

@@ -6,7 +6,7 @@
 __all__ = ['STAGING', 'RESOLUTION', 'latest_checkpoint', 'CompleteCheckpoints', 'follow_clock', 'ClockSchedule', 'BotTrainer',
            'evaluate_rows', 'bot_trainer']
 
-# %% ../../nbs/training/22_bot_trainer.ipynb #cf5662a2
+# %% ../../nbs/training/22_bot_trainer.ipynb #f3187aed
 import os
 import shutil
 import time
@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerControl, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
-from ..core.errors import ConfigError
+from ..core.bot import storage_error
+from ..core.errors import ConfigError, TrainingError
 from ..core.packing import Collator
 from ..monitoring.likelihood import heldout_likelihood, token_byte_lengths
 from .callbacks import TimeBudget
@@ -37,7 +39,7 @@ def latest_checkpoint(
     found = [p for p in Path(directory).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if (p / "trainer_state.json").is_file()]
     return max(found, key=lambda p: int(p.name.rsplit("-", 1)[1]), default=None)
 
-# %% ../../nbs/training/22_bot_trainer.ipynb #42092d42
+# %% ../../nbs/training/22_bot_trainer.ipynb #6b94ffe3
 class CompleteCheckpoints(Trainer):
     "Mixin for a `transformers.Trainer`: a checkpoint appears when it is complete."
 
@@ -55,6 +57,9 @@ class CompleteCheckpoints(Trainer):
         self.staging = str(staging)
         try:
             super()._save_checkpoint(model, trial)
+        except (OSError, SafetensorError) as exc:
+            cause = exc if isinstance(exc, OSError) else OSError(str(exc))
+            raise TrainingError(f"{storage_error(cause, root)} Earlier checkpoints are whole: go on from them with --resume.") from exc
         finally:
             self.staging = None
         for written in staging.iterdir():

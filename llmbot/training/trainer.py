@@ -125,7 +125,7 @@ def make_model(
     fit_chat_template(cfg, fresh, data_kind, model)
     return model
 
-# %% ../../nbs/training/29_trainer.ipynb #3ee6deb7
+# %% ../../nbs/training/29_trainer.ipynb #0a0101c7
 MAY_CHANGE = {"max_steps", "max_minutes", "num_train_epochs", "logging_steps", "eval_steps", "save_steps", "save_total_limit"}
 MAY_CHANGE |= {"overwrite", "cache_dir", "device", "per_device_eval_batch_size"}
 
@@ -150,7 +150,8 @@ def check_resume(
             + "\nResume with the old settings, or start anew in another output directory."
         )
     if saved["data"] != data_fingerprint:
-        raise TrainingError(f"The data changed since the run in {run_dir} began. Restore it, or start anew in another output directory.")
+        raise TrainingError(f"The data changed since the run in {run_dir} began, or llmbot and its way of preparing it did. "
+            "Restore what was, or start anew in another output directory.")
 
 # %% ../../nbs/training/29_trainer.ipynb #bd45f6ce
 def check_recipe(

@@ -1,0 +1,218 @@
+"""Evaluation against closed formulas, naive loops and hand-made data."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_bots import make_bot
+
+from llmbot.core.config import Config, DataConfig, ModelConfig
+from llmbot.core.errors import BotError, ConfigError, DataError
+from llmbot.core.model_manager import load_bot, new_model, save_bot, train_tokenizer
+from llmbot.evaluation.evaluate import evaluate_bot
+from llmbot.monitoring.text_metrics import corpus_metric, exact_match, get_metric, token_f1
+
+CPU = ModelConfig(device="cpu")
+
+
+def talk(n: int, skill: str) -> dict[str, Any]:
+    question, answer = f"What is {n} + {n + 1}?", f"It is {2 * n + 1}. 😀"
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}], "skill": skill}
+
+
+TALKS = [talk(n, "easy") for n in range(4)] + [talk(n, "hard") for n in range(90, 97)]
+
+
+def write(path: Path, rows: list[Any]) -> str:
+    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def bot(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(make_bot(tmp_path_factory.mktemp("bots"), "tiny", seed=3))
+
+
+@pytest.fixture(scope="module")
+def uniform(tmp_path_factory: pytest.TempPathFactory) -> str:
+    "A model whose output head is zero: every token is as likely as any other."
+    tokenizer = train_tokenizer(["What is 1 + 2? It is 3."] * 20, vocab_size=300)
+    model = new_model(ModelConfig(preset="qwen3-0.2m"), tokenizer)
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(torch.zeros_like(model.lm_head.weight))
+    return str(save_bot(tmp_path_factory.mktemp("bots") / "uniform", model, tokenizer))
+
+
+def test_perplexity_of_a_uniform_model_is_the_vocabulary(uniform: str, tmp_path: Path) -> None:
+    data = write(tmp_path / "rows.jsonl", TALKS)
+    report = evaluate_bot(uniform, data, ["loss", "perplexity", "bits_per_byte"], model=CPU)
+    loaded = load_bot(uniform)
+    vocabulary = loaded.config.vocab_size
+    assert report.metrics["perplexity"] == pytest.approx(vocabulary, rel=1e-4)
+    assert report.metrics["loss"] == pytest.approx(math.log(vocabulary), rel=1e-5)
+    answers = [row["messages"][1]["content"] for row in TALKS]
+    tokens = sum(len(loaded.tokenizer(a).input_ids) + 1 for a in answers)  # and the stop token, which has no bytes
+    bits = tokens * math.log2(vocabulary)
+    assert report.metrics["bits_per_byte"] == pytest.approx(bits / sum(len(a.encode()) for a in answers), rel=1e-4)
+    assert report.rows == len(TALKS)
+
+
+def test_likelihood_equals_transformers_loss(bot: str, tmp_path: Path) -> None:
+    "Row by row with transformers' own loss, weighted by tokens; batches and padding change nothing."
+    loaded = load_bot(bot, device="cpu")
+    nll, tokens = 0.0, 0
+    for row in TALKS:
+        one = loaded.chat.render(row["messages"])
+        labels = torch.tensor([[i if on else -100 for i, on in zip(one.input_ids, one.assistant_mask, strict=True)]])
+        with torch.no_grad():
+            loss = loaded.model(input_ids=torch.tensor([one.input_ids]), labels=labels).loss.item()
+        nll, tokens = nll + loss * sum(one.assistant_mask), tokens + sum(one.assistant_mask)
+    data = write(tmp_path / "rows.jsonl", TALKS)
+    for batch_size in (1, 4, 64):
+        report = evaluate_bot(bot, data, ["perplexity", "loss"], model=CPU, batch_size=batch_size)
+        assert report.metrics["loss"] == pytest.approx(nll / tokens, rel=1e-4)
+        assert report.metrics["perplexity"] == pytest.approx(math.exp(nll / tokens), rel=1e-3)
+
+
+@pytest.mark.parametrize("backend", ["torch", "llmbot.serving.torch_backend:TorchBackend"])
+def test_exact_match_equals_a_naive_loop(bot: str, tmp_path: Path, backend: str) -> None:
+    "Half of the references are what transformers' `generate` says, so half of the rows must match; by both ways to ask."
+    loaded = load_bot(bot, device="cpu")
+    rows, right = [], 0
+    for k, row in enumerate(TALKS):
+        messages = list(row["messages"])
+        ids = torch.tensor([loaded.chat.prompt_ids(messages[:1])])
+        out = loaded.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6 + k, do_sample=False)[0, ids.shape[1] :]
+        said = loaded.chat.decode(out.tolist())
+        if k % 2 == 0:
+            messages[1] = {"role": "assistant", "content": said}
+        right += exact_match(said, messages[1]["content"]) == 1
+        rows.append({"messages": messages})
+    assert 0 < right < len(rows)
+    for k, row in enumerate(rows):  # each with its own limit, as the naive loop had
+        report = evaluate_bot(bot, write(tmp_path / f"{k}.jsonl", [row]), ["exact_match"], model=CPU, backend=backend, max_new_tokens=6 + k)
+        assert report.metrics["exact_match"] == float(k % 2 == 0), (k, report.examples)
+        assert report.unfinished == 1
+
+
+def test_groups_and_examples(bot: str, tmp_path: Path) -> None:
+    data = write(tmp_path / "rows.jsonl", TALKS)
+    report = evaluate_bot(bot, [data], ["token_f1", "exact_match", "perplexity"], model=CPU, group_by="skill", examples=3)
+    assert [(g.name, g.rows) for g in report.groups] == [("easy", 4), ("hard", 7)]
+    assert list(report.metrics) == ["token_f1", "exact_match", "perplexity"]
+    weighted = sum(g.rows * g.metrics["token_f1"] for g in report.groups) / report.rows
+    assert report.metrics["token_f1"] == pytest.approx(weighted)
+    assert [e.group for e in report.examples] == ["easy"] * 3 + ["hard"] * 3
+    first = report.examples[0]
+    assert (first.prompt, first.reference) == ("What is 0 + 1?", "It is 1. 😀")
+    assert first.where.endswith("rows.jsonl, line 1")
+    report.save(tmp_path / "report.json")
+    assert json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))["metrics"] == report.metrics
+
+
+def test_rows_left_out_are_counted(bot: str, tmp_path: Path) -> None:
+    too_long = {"prompt": "word " * 3000, "completion": "x"}
+    call = {"type": "function", "function": {"name": "f", "arguments": "{}"}}
+    tool = {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "", "tool_calls": [call]}]}
+    bad = ['{"prompt": "cut in ha', {"text": "plain"}, too_long, tool, {"prompt": "no answer"}]
+    data = write(tmp_path / "rows.jsonl", [*TALKS[:3], *bad])
+    report = evaluate_bot(bot, data, model=CPU)
+    assert report.rows == 3
+    assert sum(loss.count for loss in report.dropped.values()) == len(bad)
+    assert {loss.where.rpartition(" ")[2] for loss in report.dropped.values()} == {"4", "5", "6", "7", "8"}
+    with pytest.raises(DataError, match="line 4"):
+        evaluate_bot(bot, data, model=CPU, config=DataConfig(on_bad_row="raise"))
+    assert evaluate_bot(bot, data, ["exact_match"], model=CPU, max_rows=2).rows == 2
+
+
+def test_earlier_turns_and_system_prompt_are_part_of_the_question(bot: str, tmp_path: Path) -> None:
+    messages = [
+        {"role": "user", "content": "One?"}, {"role": "assistant", "content": "First."},
+        {"role": "user", "content": "Two?"}, {"role": "assistant", "content": "Second."},
+    ]  # fmt: skip
+    data = write(tmp_path / "rows.jsonl", [{"messages": messages}])
+    config = DataConfig(system_prompt="Be brief.")
+    report = evaluate_bot(bot, data, ["exact_match"], model=CPU, config=config, max_new_tokens=12)
+    loaded = load_bot(bot, device="cpu")
+    ids = torch.tensor([loaded.chat.prompt_ids([{"role": "system", "content": "Be brief."}, *messages[:-1]])])
+    out = loaded.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)[0, ids.shape[1] :]
+    assert report.examples[0].answer == loaded.chat.decode(out.tolist())
+    assert (report.examples[0].prompt, report.examples[0].reference) == ("Two?", "Second.")
+
+
+def test_long_text_is_predicted_once(bot: str, tmp_path: Path) -> None:
+    "A text beyond the context is measured in windows; every token but the first counts once."
+    loaded = load_bot(bot, device="cpu")
+    text = "Once upon a time there was a bot. Grüße! " * 400
+    tokens = len(loaded.tokenizer(text).input_ids)
+    assert tokens > 2 * loaded.config.max_position_embeddings
+    (tmp_path / "text.jsonl").write_text(json.dumps({"text": text}), encoding="utf-8")
+    report = evaluate_bot(bot, str(tmp_path / "text.jsonl"), ["loss", "bits_per_byte"], model=CPU)
+    first = len(loaded.tokenizer.decode(loaded.tokenizer(text).input_ids[:1]).encode())
+    # nats of all tokens but the first, and of the end token; bytes of all but the first token
+    nats = report.metrics["bits_per_byte"] * math.log(2) * (len(text.encode()) - first)
+    assert nats / report.metrics["loss"] == pytest.approx(tokens, rel=1e-6)
+
+
+def test_refusals(bot: str, tmp_path: Path) -> None:
+    data = write(tmp_path / "rows.jsonl", TALKS)
+    with pytest.raises(ConfigError, match="Did you mean 'exact_match'"):
+        evaluate_bot(bot, data, ["exact_mach"])
+    with pytest.raises(ConfigError, match="no metric"):
+        evaluate_bot(bot, data, [])
+    with pytest.raises(ConfigError, match="use backend 'torch'"):
+        evaluate_bot(bot, data, ["perplexity"], backend="other")
+    with pytest.raises(DataError):
+        evaluate_bot(bot, str(tmp_path / "absent.jsonl"))
+    with pytest.raises(DataError, match="empty"):
+        evaluate_bot(bot, write(tmp_path / "empty.jsonl", []))
+    with pytest.raises(BotError, match="No bot at"):
+        evaluate_bot(str(tmp_path / "no-bot"), data)
+    assert Config().model.device == "auto"
+
+
+def test_corpus_metric_of_ones_own(bot: str, tmp_path: Path) -> None:
+    @corpus_metric("distinct_answers")
+    def distinct(answers: Any, references: Any) -> float:
+        "How many different answers there are."
+        return float(len(set(answers)))
+
+    report = evaluate_bot(bot, write(tmp_path / "rows.jsonl", [*TALKS, *TALKS]), ["distinct_answers"], model=CPU)
+    assert 1 <= report.metrics["distinct_answers"] <= len(TALKS)
+    assert get_metric("distinct_answers").description == "How many different answers there are."
+
+
+few_words = st.lists(st.sampled_from(["cat", "sat", "mat", "42"]), max_size=6)
+
+
+@given(few_words, few_words)
+def test_token_f1_by_brute_force(said: list[str], wanted: list[str]) -> None:
+    left, common = list(wanted), 0
+    for word in said:
+        if word in left:
+            left.remove(word)
+            common += 1
+    if not said or not wanted:
+        expected = float(said == wanted)
+    elif not common:
+        expected = 0.0
+    else:
+        precision, recall = common / len(said), common / len(wanted)
+        expected = 2 * precision * recall / (precision + recall)
+    assert token_f1(" ".join(said), "the " + " ".join(wanted) + "!") == pytest.approx(expected)
+
+
+def test_real_rows(shared: Path) -> None:
+    "GSM8K on stories260K without a template is refused; its text can be measured, and bits per byte is the same in any batch."
+    bot, data = str(shared / "models" / "stories260K"), str(shared / "data" / "sft" / "gsm8k-train.jsonl")
+    with pytest.raises(BotError, match="no chat template"):
+        evaluate_bot(bot, data, max_rows=5)
+    text = str(shared / "data" / "text" / "genesis-web.txt")
+    figures = [evaluate_bot(bot, text, ["bits_per_byte"], model=CPU, max_rows=1, batch_size=b).metrics["bits_per_byte"] for b in (1, 8)]
+    assert figures[0] == pytest.approx(figures[1], rel=1e-4)
+    assert 1 < figures[0] < 8
