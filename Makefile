@@ -43,7 +43,7 @@ check: $(VENV)/.dev ## Export, README, lint and types
 	$(BIN)/mypy llmbot
 
 notebooks: $(VENV)/.dev ## Run the notebooks of the modules; the tutorials run under pytest, in fresh kernels
-	HF_HUB_OFFLINE=1 $(BIN)/nbdev_test --flags "$(FLAGS)" --skip_folder_re '^(tutorials|[_.].*)' --n_workers 2 --timing
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/nbdev_test --flags "$(FLAGS)" --skip_folder_re '^(tutorials|[_.].*)' --n_workers 2 --timing
 
 pytest: $(VENV)/.dev ## Run the tests of tests/
 	HF_HUB_OFFLINE=1 $(BIN)/pytest

@@ -15,10 +15,12 @@ _WHERE = {
     "train": "llmbot.training.trainer",
     "evaluate_bot": "llmbot.evaluation.evaluate",
     "ask": "llmbot.serving.torch_backend",
+    "ChatSession": "llmbot.app.chat_repl",
     "serve": "llmbot.serving.api_server",
     "LLMBotError": "llmbot.core.errors",
 }
 __all__ = [
+    "ChatSession",
     "Config",
     "LLMBotError",
     "ask",
@@ -30,6 +32,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from llmbot.app.chat_repl import ChatSession
     from llmbot.core.config import Config
     from llmbot.core.config_io import load_config
     from llmbot.core.errors import LLMBotError

@@ -107,6 +107,9 @@ def test_groups_and_examples(bot: str, tmp_path: Path) -> None:
     assert list(report.metrics) == ["token_f1", "exact_match", "perplexity"]
     weighted = sum(g.rows * g.metrics["token_f1"] for g in report.groups) / report.rows
     assert report.metrics["token_f1"] == pytest.approx(weighted)
+    whole = evaluate_bot(bot, [data], ["perplexity"], model=CPU)
+    assert report.metrics["perplexity"] == pytest.approx(whole.metrics["perplexity"], rel=1e-4)
+    assert report.groups[0].metrics["perplexity"] != pytest.approx(whole.metrics["perplexity"], rel=1e-3)
     assert [e.group for e in report.examples] == ["easy"] * 3 + ["hard"] * 3
     first = report.examples[0]
     assert (first.prompt, first.reference) == ("What is 0 + 1?", "It is 1. 😀")

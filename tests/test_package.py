@@ -54,9 +54,8 @@ def test_wheel_works_in_an_empty_environment(wheel: Path, tmp_path: Path) -> Non
 import llmbot
 from llmbot.core.config import ModelConfig
 from llmbot.core.model_manager import new_model, save_bot, train_tokenizer
-from llmbot.serving.api_server import running_server
 tokenizer = train_tokenizer(["hello world"] * 10, 300)
 save_bot("tiny", new_model(ModelConfig(preset="qwen3-0.2m"), tokenizer), tokenizer)
-assert isinstance(llmbot.ask("tiny", "hello", max_new_tokens=4), str)
+assert isinstance(llmbot.ask("tiny", "hello"), str)
 """
     run(python, "-c", made)

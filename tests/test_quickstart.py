@@ -13,9 +13,11 @@ import pytest
 
 from llmbot.core.bot import verify_bot
 
+LLMBOT = str(Path(sys.executable).with_name("llmbot"))
+
 
 def llmbot(*arguments: str, cwd: Path, timeout: float = 900) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "llmbot.app.cli", *arguments]
+    command = [LLMBOT, *arguments]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL)
 
 
@@ -23,7 +25,8 @@ def llmbot(*arguments: str, cwd: Path, timeout: float = 900) -> subprocess.Compl
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     "One whole quickstart, killed on its way and resumed."
     home = tmp_path_factory.mktemp("quickstart")
-    process = subprocess.Popen([sys.executable, "-m", "llmbot.app.cli", "quickstart"], cwd=home, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen([LLMBOT, "quickstart"], cwd=home, **silent)
     checkpoints, deadline = home / "quickstart" / "first-bot.run" / "checkpoints", time.monotonic() + 400
     while not (checkpoints / "checkpoint-250").exists() and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.05)
@@ -66,7 +69,7 @@ def test_its_bot_is_an_ordinary_model(finished: tuple[Path, dict[str, Any]]) -> 
 
 def test_chat_reads_a_pipe(finished: tuple[Path, dict[str, Any]]) -> None:
     home, result = finished
-    command = [sys.executable, "-m", "llmbot.app.cli", "chat", result["bot"]]
+    command = [LLMBOT, "chat", result["bot"]]
     done = subprocess.run(command, cwd=home, input="What is 27 + 45?", capture_output=True, text=True, timeout=120, env={**os.environ})
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == result["answers"]["What is 27 + 45?"]
