@@ -8,8 +8,7 @@ __all__ = ['MANIFEST', 'CARD', 'SCHEMA_VERSION', 'PICKLE_SUFFIXES', 'Manifest', 
            'write_manifest', 'read_manifest', 'model_card', 'verify_bot', 'Reference', 'bots_directory', 'list_bots',
            'resolve_reference', 'check_bot_files']
 
-# %% ../../nbs/core/05_bot.ipynb #ae3866d2
-import errno
+# %% ../../nbs/core/05_bot.ipynb #47f27738
 import hashlib
 import importlib.metadata
 import json
@@ -26,7 +25,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
-from .errors import BotError
+from .errors import BotError, storage_reason
 
 # %% ../../nbs/core/05_bot.ipynb #1f47d6f6
 MANIFEST = "llmbot.json"
@@ -106,21 +105,13 @@ def bot_digest(
     listing = "".join(f"{digest}  {name}\n" for name, digest in hash_files(directory).items())
     return hashlib.sha256(listing.encode()).hexdigest()
 
-# %% ../../nbs/core/05_bot.ipynb #061c45e9
+# %% ../../nbs/core/05_bot.ipynb #8ed95d24
 def storage_error(
-    exc: OSError,  # what the system said
+    exc: BaseException,  # what the system, or a library, said
     place: str | Path,  # where it was writing
 ) -> BotError:  # the same, for a person
     "Turn a failed write into a message that says what to do."
-    hints = {
-        errno.ENOSPC: "the disk is full: free some space or choose another output directory",
-        errno.EDQUOT: "the disk quota is used up: free some space or choose another output directory",
-        errno.EROFS: "the file system is read-only: choose another output directory",
-        errno.EACCES: "permission denied: choose a directory that you may write to",
-        errno.EPERM: "permission denied: choose a directory that you may write to",
-        errno.ENOTDIR: "a part of that path is a file, not a directory: choose another output directory",
-    }
-    return BotError(f"Cannot write {place}: {hints.get(exc.errno or 0, exc.strerror or str(exc))}. Nothing was written.")
+    return BotError(f"Cannot write {place}: {storage_reason(exc)}. Nothing was written.")
 
 
 def check_destination(

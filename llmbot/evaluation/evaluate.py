@@ -270,10 +270,10 @@ def run_apart(work: Coroutine[Any, Any, T]) -> T:
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         return pool.submit(asyncio.run, work).result()
 
-# %% ../../nbs/evaluation/61_evaluate.ipynb #7be58ff5
+# %% ../../nbs/evaluation/61_evaluate.ipynb #8f0c70a0
 def evaluate_bot(
     ref: str | Path,  # the bot
-    data: str | Sequence[str],  # held-out files, directories or hub data sets
+    data: str | Path | Sequence[str | Path],  # held-out files, directories or hub data sets
     metrics: Sequence[str] = ("exact_match", "perplexity"),  # of `text_metrics()`, or loss, perplexity, bits_per_byte
     *,
     config: DataConfig | None = None,  # how rows are read; None: recognised, bad ones left out and counted
@@ -289,10 +289,11 @@ def evaluate_bot(
     "Measure a bot on held-out rows, greedily. Raises `DataError`, `ConfigError` or `BotError` with the reason when it cannot."
     began = time.perf_counter()
     compare, surprise = check_metrics(metrics, backend)
-    model, config, data = model or ModelConfig(), config or DataConfig(), [data] if isinstance(data, str) else list(data)
+    model, config = model or ModelConfig(), config or DataConfig()
+    files = [str(item) for item in ([data] if isinstance(data, str | Path) else data)]
     bot = load_bot(ref, device=model.device, dtype=model.dtype, attn_implementation=model.attn_implementation, revision=model.revision)
     reading = Reading(bot.chat, context_length(bot.config), config, compare, surprise)
-    questions, dropped = read_questions(data, reading, group_by, max_rows)
+    questions, dropped = read_questions(files, reading, group_by, max_rows)
     limit = max_new_tokens or min(max(q.reference_tokens for q in questions) + 8, 1024)
     answered: list[tuple[str, bool]] = []
     if compare and backend == "torch":
@@ -300,7 +301,7 @@ def evaluate_bot(
     elif compare:
         answered = run_apart(answers_from_backend(backend, bot.reference.location, model, questions, limit, progress))
     settings = {"backend": backend, "decoding": "greedy", "max_new_tokens": limit, "device": bot.device, "train_on": config.train_on}
-    report = EvaluationReport(bot.name, data, len(questions), {}, dropped=dropped, settings=settings)
+    report = EvaluationReport(bot.name, files, len(questions), {}, dropped=dropped, settings=settings)
     _fill_in(report, metrics, bot, questions, [text for text, _ in answered], batch_size if surprise else 0, bool(group_by))
     report.examples = readable(questions, [text for text, _ in answered], examples) if compare else []
     report.unfinished, report.seconds = sum(not ended for _, ended in answered), round(time.perf_counter() - began, 3)

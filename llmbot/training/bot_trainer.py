@@ -6,7 +6,7 @@
 __all__ = ['STAGING', 'RESOLUTION', 'latest_checkpoint', 'CompleteCheckpoints', 'follow_clock', 'ClockSchedule', 'BotTrainer',
            'evaluate_rows', 'bot_trainer']
 
-# %% ../../nbs/training/42_bot_trainer.ipynb #f3187aed
+# %% ../../nbs/training/42_bot_trainer.ipynb #3392e6af
 import os
 import shutil
 import time
@@ -21,8 +21,7 @@ from transformers import Trainer, TrainerControl, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
-from ..core.bot import storage_error
-from ..core.errors import ConfigError, TrainingError
+from ..core.errors import ConfigError, TrainingError, storage_reason
 from ..core.packing import Collator
 from ..monitoring.likelihood import heldout_likelihood, token_byte_lengths
 from .callbacks import TimeBudget
@@ -39,7 +38,7 @@ def latest_checkpoint(
     found = [p for p in Path(directory).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if (p / "trainer_state.json").is_file()]
     return max(found, key=lambda p: int(p.name.rsplit("-", 1)[1]), default=None)
 
-# %% ../../nbs/training/42_bot_trainer.ipynb #6b94ffe3
+# %% ../../nbs/training/42_bot_trainer.ipynb #f0ff4d52
 class CompleteCheckpoints(Trainer):
     "Mixin for a `transformers.Trainer`: a checkpoint appears when it is complete."
 
@@ -58,8 +57,8 @@ class CompleteCheckpoints(Trainer):
         try:
             super()._save_checkpoint(model, trial)
         except (OSError, SafetensorError) as exc:
-            cause = exc if isinstance(exc, OSError) else OSError(str(exc))
-            raise TrainingError(f"{storage_error(cause, root)} Earlier checkpoints are whole: go on from them with --resume.") from exc
+            reason = storage_reason(exc)
+            raise TrainingError(f"Cannot write a checkpoint to {root}: {reason}. Earlier ones are whole: go on with --resume.") from exc
         finally:
             self.staging = None
         for written in staging.iterdir():
