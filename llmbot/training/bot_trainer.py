@@ -6,7 +6,7 @@
 __all__ = ['STAGING', 'RESOLUTION', 'latest_checkpoint', 'CompleteCheckpoints', 'follow_clock', 'ClockSchedule', 'BotTrainer',
            'evaluate_rows', 'bot_trainer']
 
-# %% ../../nbs/training/42_bot_trainer.ipynb #3392e6af
+# %% ../../nbs/training/42_bot_trainer.ipynb #10e04524
 import os
 import shutil
 import time
@@ -22,6 +22,7 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from ..core.errors import ConfigError, TrainingError, storage_reason
+from ..core.model_manager import quiet_bars
 from ..core.packing import Collator
 from ..monitoring.likelihood import heldout_likelihood, token_byte_lengths
 from .callbacks import TimeBudget
@@ -38,7 +39,7 @@ def latest_checkpoint(
     found = [p for p in Path(directory).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if (p / "trainer_state.json").is_file()]
     return max(found, key=lambda p: int(p.name.rsplit("-", 1)[1]), default=None)
 
-# %% ../../nbs/training/42_bot_trainer.ipynb #f0ff4d52
+# %% ../../nbs/training/42_bot_trainer.ipynb #458e8d49
 class CompleteCheckpoints(Trainer):
     "Mixin for a `transformers.Trainer`: a checkpoint appears when it is complete."
 
@@ -55,7 +56,8 @@ class CompleteCheckpoints(Trainer):
         shutil.rmtree(staging, ignore_errors=True)
         self.staging = str(staging)
         try:
-            super()._save_checkpoint(model, trial)
+            with quiet_bars():
+                super()._save_checkpoint(model, trial)
         except (OSError, SafetensorError) as exc:
             reason = storage_reason(exc)
             raise TrainingError(f"Cannot write a checkpoint to {root}: {reason}. Earlier ones are whole: go on with --resume.") from exc

@@ -48,13 +48,13 @@ class TrackerCallback(TrainerCallback):
         if numbers:
             self.tracker.log_metrics(numbers, state.global_step)
 
-# %% ../../nbs/training/41_callbacks.ipynb #21c74afa
+# %% ../../nbs/training/41_callbacks.ipynb #cc439168
 class ProgressCallback(TrainerCallback):
     "Shows how training goes: a live bar on a screen, a line every `seconds` elsewhere."
 
     def __init__(self, console: Console | None = None, seconds: float = 10.0):
         self.console, self.seconds = console or Console(stderr=True), seconds
-        self.live = self.console.is_terminal or self.console.is_jupyter
+        self.live = (self.console.is_terminal or self.console.is_jupyter) and not self.console.quiet
         columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"))
         self.bar = Progress(*columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=self.console)
         self.task, self.printed, self.text = self.bar.add_task("training", text="", total=None), 0.0, ""
