@@ -65,7 +65,7 @@ def recipe(method: str, data: Path, out: Path, args: argparse.Namespace, precisi
 
 
 def ours(cfg: Config, root: Path) -> tuple[float, float]:
-    "Tokens per second of llmbot's trainer, and its last loss."
+    "Tokens per second of llmbot's trainer, and its loss."
     method = get_method(cfg.training.method)
     with tempfile.TemporaryDirectory(dir=root) as tmp:
         run = prepare_run(cfg, method, Path(tmp), False, QUIET)
@@ -92,21 +92,23 @@ def bare(cfg: Config, root: Path) -> tuple[float, float]:
         )
         scheduler = get_scheduler("cosine", optimizer, int(t.warmup_steps * steps), steps)
         half = torch.autocast(run.device, torch.bfloat16) if t.precision == "bf16" else nullcontext()
-        tokens, loss, started = 0, torch.zeros(()), time.perf_counter()
+        tokens, losses, started = 0, [], time.perf_counter()
         for step in range(steps):
             batch = next(batches)
             batch.pop("attention_mask", None)
             tokens += batch["input_ids"].numel()
             with half:
-                loss = model(**batch, use_cache=False).loss
+                loss = model(**{**batch, "use_cache": False}).loss
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad()
+            losses.append(loss.detach())
             if step % 10 == 9:
                 loss.item()
-        return tokens / (time.perf_counter() - started), float(loss)
+        speed, last = tokens / (time.perf_counter() - started), steps // 10 * 10
+        return speed, float(torch.stack(losses[max(last - 10, 1) : last]).mean())  # what the trainer logged last
 
 
 def trl(cfg: Config, root: Path) -> tuple[float, float]:
@@ -118,16 +120,23 @@ def trl(cfg: Config, root: Path) -> tuple[float, float]:
     method = get_method("sft")
     with tempfile.TemporaryDirectory(dir=root) as tmp:
         run = prepare_run(cfg, method, Path(tmp), False, QUIET)
-        settings = training_arguments(run) | {"remove_unused_columns": True, "max_length": None}
+        settings = training_arguments(run) | {"max_length": None}
+        collator, tokens = method.build(run).data_collator, 0
+
+        def collate(features: list[dict[str, Any]]) -> dict[str, Any]:
+            nonlocal tokens
+            batch = collator(features)
+            tokens += batch["input_ids"].numel()
+            return batch
+
         args = SFTConfig(**settings, dataset_kwargs={"skip_prepare_dataset": True}, packing=False)
         trainer: Any = SFTTrainer(
             model=run.model, args=args, train_dataset=run.data.train, processing_class=run.tokenizer,
-            data_collator=method.build(run).data_collator,
+            data_collator=collate,
         )
         started = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - started
-        tokens = cfg.training.per_device_batch_size * (cfg.training.max_steps or 1) * (cfg.data.max_seq_length or 1)
         return tokens / seconds, [e["loss"] for e in trainer.state.log_history if "loss" in e][-1]
 
 
@@ -140,11 +149,11 @@ def compare(cfg: Config, root: Path, peers: dict[str, Callable[[Config, Path], t
             speed, losses[name] = runner(cfg, root)
             speeds[name].append(speed)
     label = f"{cfg.training.method:8} {cfg.training.precision}"
-    print(f"{label}  llmbot {statistics.median(speeds['llmbot']):9,.0f} tokens/s   last loss {losses['llmbot']:.4f}", flush=True)
+    print(f"{label}  llmbot {statistics.median(speeds['llmbot']):9,.0f} tokens/s   loss {losses['llmbot']:.4f}", flush=True)
     for name in peers:
         ratio = statistics.median(a / b for a, b in zip(speeds["llmbot"], speeds[name], strict=True))
         median = statistics.median(speeds[name])
-        print(f"{label}  {name:6} {median:9,.0f} tokens/s   last loss {losses[name]:.4f}   llmbot / {name} = {ratio:.2f}", flush=True)
+        print(f"{label}  {name:6} {median:9,.0f} tokens/s   loss {losses[name]:.4f}   llmbot / {name} = {ratio:.2f}", flush=True)
 
 
 def main() -> None:

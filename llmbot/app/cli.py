@@ -84,7 +84,7 @@ def quiet_libraries() -> None:
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
-# %% ../../nbs/app/77_cli.ipynb #2769c099
+# %% ../../nbs/app/77_cli.ipynb #b3124cbd
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run that was stopped.")]
 
 
@@ -118,6 +118,7 @@ def quickstart(
 def train(arguments: Arguments = None, resume: Resume = False, as_json: AsJson = False) -> None:
     "Train a bot as a recipe says."
     cfg = check_config(read_arguments(arguments), "train")
+    from llmbot.training.methods import get_method
     from llmbot.training.trainer import train as run
 
     with only_json(as_json), resumable():
@@ -127,7 +128,8 @@ def train(arguments: Arguments = None, resume: Resume = False, as_json: AsJson =
         return
     say(f"\n{result.bot} is trained: {result.steps:,} steps in {result.seconds:.0f} s, {result.tokens_per_second:,.0f} tokens/s.", "bold")
     terminal().print(table(["", ""], result.metrics.items()))
-    say(f"\nTalk to it:  llmbot chat {result.bot}\nServe it:    llmbot serve {result.bot}")
+    raw = " --raw" if get_method(cfg.training.method).data_kind == "text" else ""
+    say(f"\nTalk to it:  llmbot chat {result.bot}{raw}\nServe it:    llmbot serve {result.bot}")
 
 # %% ../../nbs/app/77_cli.ipynb #27e7c1a0
 def inspect_data(

@@ -97,13 +97,13 @@ def progress_text(
     parts = [("loss", "loss {:.3f}"), ("eval_loss", "validation loss {:.3f}"), ("tokens_per_second", "{:,.0f} tokens/s")]
     return "  ".join(text.format(logs[name]) for name, text in parts if name in logs)
 
-# %% ../../nbs/training/41_callbacks.ipynb #a8d553bb
+# %% ../../nbs/training/41_callbacks.ipynb #721b005b
 class TimeBudget(TrainerCallback, ExportableState):
     "Ends a run after a number of minutes and tells how much of it is over."
 
     def __init__(self, minutes: float, spent: float = 0.0):
         self.minutes, self.spent = minutes, spent
-        self.started = time.monotonic()
+        self.started: float | None = None  # the clock runs from the first step on
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         "Start the clock; time spent before a resume counts."
@@ -114,7 +114,7 @@ class TimeBudget(TrainerCallback, ExportableState):
 
     def elapsed(self) -> float:
         "Seconds of training so far, earlier sessions included."
-        return self.spent + time.monotonic() - self.started
+        return self.spent + (time.monotonic() - self.started if self.started is not None else 0.0)
 
     def progress(
         self,
