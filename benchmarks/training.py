@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 import statistics
 import tempfile
@@ -90,7 +91,7 @@ def bare(cfg: Config, root: Path) -> tuple[float, float]:
         optimizer = torch.optim.AdamW(
             model.parameters(), lr=t.learning_rate or 1e-3, betas=(t.adam_beta1, t.adam_beta2), weight_decay=0.0, fused=True
         )
-        scheduler = get_scheduler("cosine", optimizer, int(t.warmup_steps * steps), steps)
+        scheduler = get_scheduler("cosine", optimizer, math.ceil(t.warmup_steps * steps), steps)
         half = torch.autocast(run.device, torch.bfloat16) if t.precision == "bf16" else nullcontext()
         tokens, losses, started = 0, [], time.perf_counter()
         for step in range(steps):
