@@ -122,7 +122,7 @@ def stream_answers(
             console.print()
     return answers
 
-# %% ../../nbs/app/74_quickstart.ipynb #43ec9f39
+# %% ../../nbs/app/74_quickstart.ipynb #5435eed3
 @dataclass
 class QuickstartResult:
     "What a quickstart made and measured."
@@ -153,7 +153,8 @@ def write_report(
         "Training loss": curve,
         "What it learned": html_table(("skill", "held-out prompts", "exact match"), skills)
         + "<p>Each prompt is new to the model; an answer counts when it is exactly the expected one.</p>",
-        "Some of its answers": html_table(("skill", "prompt", "expected", "answer", "right"), shown),
+        "Some of its answers": "<p>Of each skill five, the wrong ones first.</p>"
+        + html_table(("skill", "prompt", "expected", "answer", "right"), shown),
         "The run": html_table(("what", "value"), facts),
         "Next": "<pre>" + "\n".join(commands) + "</pre>",
     }

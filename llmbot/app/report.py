@@ -58,10 +58,12 @@ def loss_curve(
     title = f"<title>Training loss from {start:.3g} at step {train[0][0]:g} to {end:.3g} at step {train[-1][0]:g}</title>"
     return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img">{title}{grid}{axis}<polyline points="{line}"/>{dots}</svg>'
 
-# %% ../../nbs/app/71_report.ipynb #20cfed01
+# %% ../../nbs/app/71_report.ipynb #f8d13339
 def _cell(value: Any) -> str:
-    "A number with at most four digits, or escaped text."
-    return f'<td class="n">{value:,.4g}</td>' if isinstance(value, int | float) else f"<td>{escape(str(value))}</td>"
+    "A whole number, a number with four significant digits, or escaped text."
+    if isinstance(value, int | float):
+        return f'<td class="n">{value:,}</td>' if isinstance(value, int) else f'<td class="n">{value:,.4g}</td>'
+    return f"<td>{escape(str(value))}</td>"
 
 
 def html_table(
@@ -69,7 +71,9 @@ def html_table(
     rows: Sequence[Sequence[Any]],  # numbers are set to the right
 ) -> str:  # an HTML table
     "A table; every text is escaped."
-    head = "".join(f"<th>{escape(h)}</th>" for h in header)
+    numeric = [isinstance(value, int | float) for value in rows[0]] if rows else [False] * len(header)
+    opening = {True: '<th class="n">', False: "<th>"}
+    head = "".join(f"{opening[n]}{escape(h)}</th>" for h, n in zip(header, numeric, strict=True))
     body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
@@ -79,8 +83,9 @@ STYLE = """
 @media (prefers-color-scheme: dark) { :root { --ink: #7db4f0; } }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 46rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { margin-bottom: 0; } h2 { margin-top: 2rem; font-size: 1.15rem; } .lead { opacity: .8; margin-top: .2rem; }
-table { border-collapse: collapse; width: 100%; } th, td { text-align: left; padding: .25rem .6rem; border-bottom: 1px solid var(--line); }
-.n { text-align: right; font-variant-numeric: tabular-nums; }
+table { border-collapse: collapse; width: 100%; }
+th, td { text-align: left; vertical-align: top; padding: .25rem .6rem; border-bottom: 1px solid var(--line); }
+td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
 pre { background: #8882; padding: .8rem; border-radius: 6px; overflow-x: auto; }
 svg { width: 100%; font: 11px system-ui, sans-serif; } svg text { fill: currentColor; opacity: .7; } svg line { stroke: var(--line); }
 svg polyline { fill: none; stroke: var(--ink); stroke-width: 2; } svg circle { fill: none; stroke: currentColor; stroke-width: 1.5; }
