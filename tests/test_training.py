@@ -208,3 +208,25 @@ def test_answers_must_be_supervised(tmp_path: Path) -> None:
     path.write_text('{"messages": [{"role": "user", "content": "hello?"}]}\n')
     with pytest.raises(LLMBotError, match="Nothing is left to train on"):
         train(recipe(tmp_path, **{"data.train": f"[{path}]"}), console=QUIET)
+
+
+def test_tensorboard_holds_the_history(tmp_path: Path) -> None:
+    "TensorBoard's own reader finds every loss that the trainer logged, step by step, and the held-out figures."
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    result = train(recipe(tmp_path, **{"training.logging_steps": 2, "data.validation_split": 0.3}), console=QUIET)
+    events = EventAccumulator(str(result.run_dir / "tensorboard" / "bot"), size_guidance={"scalars": 0}).Reload()
+    logged = [(e["step"], e["loss"]) for e in result.history if "loss" in e]
+    assert [e.step for e in events.Scalars("train/loss")] == [step for step, _ in logged]
+    assert [e.value for e in events.Scalars("train/loss")] == pytest.approx([loss for _, loss in logged])
+    assert events.Scalars("validation/loss")[-1].value == pytest.approx(result.metrics["validation_loss"])
+
+
+def test_streaming_trains_for_a_number_of_steps(tmp_path: Path) -> None:
+    "Data that is not held in memory has no length, so the recipe must say how long to train."
+    changes = {"data.streaming": True, "data.validation_split": 0}
+    result = train(recipe(tmp_path, **changes), console=QUIET)
+    assert result.steps == 12
+    assert result.history[-2]["loss"] < result.history[0]["loss"]
+    with pytest.raises(LLMBotError, match="max_steps"):
+        train(recipe(tmp_path, **changes, **{"training.max_steps": "null", "training.output_dir": tmp_path / "endless"}), console=QUIET)

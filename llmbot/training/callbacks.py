@@ -21,12 +21,15 @@ from ..monitoring.experiment_tracker import TrackerGroup
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# %% ../../nbs/training/41_callbacks.ipynb #0dc404d7
+# %% ../../nbs/training/41_callbacks.ipynb #9fa3f9ef
 def tracker_name(
     name: str,  # as transformers logs it, such as "loss" or "eval_loss"
 ) -> str:  # as trackers show it, such as "train/loss" or "validation/loss"
     "The name of a logged number, with its split in front."
-    return f"validation/{name.removeprefix('eval_')}" if name.startswith("eval_") else f"train/{name}"
+    for prefix in ("eval_", "validation_"):  # during training, and at its end
+        if name.startswith(prefix):
+            return f"validation/{name.removeprefix(prefix)}"
+    return f"train/{name}"
 
 
 class TrackerCallback(TrainerCallback):
