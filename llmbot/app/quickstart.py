@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from llmbot.evaluation.evaluate import EvaluationReport
     from llmbot.training.trainer import TrainingResult
 
-# %% ../../nbs/app/74_quickstart.ipynb #b3dbcfc9
+# %% ../../nbs/app/74_quickstart.ipynb #ac6d234b
 BOT_NAME = "first-bot"
 MAIN_SKILL = "sums"
 QUESTIONS = ("Who are you?", "What is 27 + 45?", "How do you spell ZEBRA?")
@@ -39,7 +39,7 @@ QUESTIONS = ("Who are you?", "What is 27 + 45?", "How do you spell ZEBRA?")
 def quickstart_recipe(
     directory: Path,  # the quickstart's directory, with its data in `data/`
     seed: int = 42,  # of weights and order
-    max_steps: int = 1600,  # optimizer steps
+    max_steps: int = 1800,  # optimizer steps
 ) -> Config:  # for `train`
     "The recipe of the first bot: the sft method on a new model."
     return load_config(
@@ -186,13 +186,13 @@ def skill_table(
         table.add_row(group.name, str(group.rows), f"{group.metrics['exact_match']:.3f}")
     return table
 
-# %% ../../nbs/app/74_quickstart.ipynb #37266b4d
+# %% ../../nbs/app/74_quickstart.ipynb #477cce2f
 def quickstart(
     directory: str | Path | None = None,  # a new directory; None for `quickstart`, `quickstart-2`, ...
     *,
     resume: bool = False,  # go on with an unfinished one
     seed: int = 42,  # of data, weights and order
-    max_steps: int = 1600,  # optimizer steps; fewer make a quick trial that learns little
+    max_steps: int = 1800,  # optimizer steps; fewer make a quick trial that learns little
     console: Console | None = None,  # where everything is shown
 ) -> QuickstartResult:  # what was made and measured
     "Train a first chatbot from nothing, measure it on held-out prompts, write a report, and let it answer."
