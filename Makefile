@@ -46,7 +46,7 @@ notebooks: $(VENV)/.dev ## Run the notebooks of the modules; the tutorials run u
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/nbdev_test --flags "$(FLAGS)" --skip_folder_re '^(tutorials|[_.].*)' --n_workers 2 --timing
 
 pytest: $(VENV)/.dev ## Run the tests of tests/
-	HF_HUB_OFFLINE=1 $(BIN)/pytest
+	HF_HUB_OFFLINE=1 $(BIN)/pytest --numprocesses 2 --dist loadfile
 
 export: $(VENV)/.dev ## Write llmbot/ and README.md from the notebooks
 	$(BIN)/nbdev_export

@@ -13,13 +13,12 @@ import pytest
 
 from llmbot.core.bot import verify_bot
 
-THREADS = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}  # a user's machine: all its cores
 LLMBOT = str(Path(sys.executable).with_name("llmbot"))
 
 
 def llmbot(*arguments: str, cwd: Path, timeout: float = 900) -> subprocess.CompletedProcess[str]:
     command = [LLMBOT, *arguments]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL, env=THREADS)
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL)
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +26,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
     "One whole quickstart, killed on its way and resumed."
     home = tmp_path_factory.mktemp("quickstart")
     silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen([LLMBOT, "quickstart"], cwd=home, env=THREADS, **silent)
-    checkpoints, deadline = home / "quickstart" / "first-bot.run" / "checkpoints", time.monotonic() + 400
+    process = subprocess.Popen([LLMBOT, "quickstart"], cwd=home, **silent)
+    checkpoints, deadline = home / "quickstart" / "first-bot.run" / "checkpoints", time.monotonic() + 600
     while not (checkpoints / "checkpoint-250").exists() and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
