@@ -79,7 +79,7 @@ def bare_losses(cfg: Config, tmp: Path) -> list[float]:
             flat = logits[:, :-1].reshape(-1, logits.shape[-1])
             loss = torch.nn.functional.cross_entropy(flat, batch["labels"][:, 1:].reshape(-1), ignore_index=-100, reduction="sum") / tokens
             loss.backward()
-            total += float(loss)
+            total += loss.item()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         scheduler.step()
