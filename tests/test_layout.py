@@ -14,10 +14,10 @@ NBS = ROOT / "nbs"
 LAYERS = {  # first and last number of each layer
     "core": (0, 29),
     "monitoring": (30, 39),
-    "training": (40, 49),
-    "serving": (50, 59),
-    "evaluation": (60, 69),
-    "app": (70, 79),
+    "training": (40, 59),
+    "serving": (60, 74),
+    "evaluation": (75, 79),
+    "app": (80, 99),
 }
 MAX_CELL, MAX_MODULE = 40, 330
 
