@@ -70,15 +70,19 @@ def values(schema: dict[str, Any]) -> st.SearchStrategy[Any]:
 
 
 FIELDS = {f"{name}.{field}": schema
-          for name, section in SCHEMA["properties"].items()
+          for name, section in SCHEMA["properties"].items() if "$ref" in section
           for field, schema in SCHEMA["$defs"][section["$ref"].rpartition("/")[2]]["properties"].items()}
 
 
 NEEDS: dict[str, dict[str, Any]] = {  # settings that mean something only beside another
     "model.revision": {"model.base": "hf:a/b"}, "data.streaming": {"training.max_steps": 10**6},
     "monitoring.sample_steps": {"monitoring.sample_prompts": ["hi"]},
-    "training.min_lr_ratio": {"training.lr_scheduler_type": "cosine_with_min_lr"}}
-LIKELY: dict[str, list[Any]] = {"model.head_dim": [32, 64], "serving.host": ["localhost", "::1"]}
+    "training.min_lr_ratio": {"training.lr_scheduler_type": "cosine_with_min_lr"}, "lora.merge_tolerance": {"lora.merge": True},
+    "data.weights": {"data.train": ["a", "b"]},
+    "model.quantization": {"model.base": "a", "training.method": "lora"}, "training.early_stopping_patience": {"training.eval_steps": 5},
+    "training.keep_best": {"training.eval_steps": 5}, "training.group_by_length": {"training.packing": False},
+    "training.max_tokens_per_batch": {"training.packing": False}}
+LIKELY: dict[str, list[Any]] = {"model.head_dim": [32, 64], "serving.host": ["localhost", "::1"], "data.weights": [[1, 0.5]]}
 
 
 @st.composite
@@ -87,7 +91,7 @@ def configs(draw: st.DrawFn) -> Config:
     keys = draw(st.lists(st.sampled_from(sorted(FIELDS)), unique=True, max_size=12))
     flat = {key: draw(values(FIELDS[key])) for key in keys}
     for key in keys:
-        flat |= {key: draw(st.sampled_from(LIKELY[key]))} if key in LIKELY else NEEDS.get(key, {})
+        flat |= NEEDS.get(key, {}) | ({key: draw(st.sampled_from(LIKELY[key]))} if key in LIKELY else {})
     for _ in range(40):
         tree: dict[str, dict[str, Any]] = {}
         for key, value in flat.items():

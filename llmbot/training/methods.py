@@ -4,17 +4,20 @@
 
 # %% auto #0
 __all__ = ['BUILT_IN', 'METHODS', 'M', 'CPU_BF16_WIDTH', 'TrainingRun', 'TrainingMethod', 'register_method', 'method_names',
-           'get_method', 'resolve_precision', 'training_arguments', 'reporting_arguments']
+           'import_method', 'get_method', 'settings_for', 'resolve_precision', 'training_arguments',
+           'reporting_arguments']
 
 # %% ../../nbs/training/40_methods.ipynb #5501865c
 import importlib
+import sys
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from ..core.chat import ChatFormat
-from ..core.config import Config, TrainingConfig
+from ..core.config import METHOD_SETTINGS, Config, TrainingConfig, method_settings
+from ..core.data_examples import Kind
 from ..core.data_processor import PreparedData
 from ..core.errors import ConfigError
 from ..core.model_manager import supports_bf16
@@ -37,13 +40,14 @@ class TrainingRun:
     callbacks: "list[TrainerCallback]"  # to be handed to the trainer
     run_dir: Path  # checkpoints and logs of this run
     device: str  # "cpu", "cuda" or "mps"
+    settings: Any = None  # the method's own settings, checked; None where it has none
 
 # %% ../../nbs/training/40_methods.ipynb #ec7b8c0b
 class TrainingMethod(Protocol):
     "A way of training, registered by name."
 
     name: str  # as written in `training.method`
-    data_kind: Literal["chat", "text"]  # how rows are tokenized: with roles and masks, or all of the text
+    data_kind: Kind  # how rows are tokenized: with roles and masks, all of the text, or as preferences
 
     def learning_rate(self, model: "PreTrainedConfig", is_new: bool) -> float:
         "The peak learning rate when the recipe gives none; `is_new` for random weights."
@@ -52,7 +56,7 @@ class TrainingMethod(Protocol):
         "A trainer that is ready for `.train()`."
 
 
-BUILT_IN = {"scratch": "llmbot.training.scratch_trainer", "sft": "llmbot.training.sft_trainer"}
+BUILT_IN = {name: f"llmbot.training.{name}_trainer" for name in METHOD_SETTINGS}
 METHODS: dict[str, TrainingMethod] = {}
 M = TypeVar("M", bound=type)
 
@@ -60,8 +64,10 @@ M = TypeVar("M", bound=type)
 def register_method(
     cls: M,  # a class with the members of `TrainingMethod` and no constructor arguments
 ) -> M:  # the class itself
-    "Class decorator: make a method known under its `name`."
-    METHODS[cls.name] = cls()  # type: ignore[attr-defined]
+    "Class decorator: make a method known under its `name`, and its `Settings`, where it has such a class, to every recipe."
+    name = cls.name  # type: ignore[attr-defined]
+    METHODS[name] = cls()
+    METHOD_SETTINGS[name] = getattr(cls, "Settings", None)
     return cls
 
 
@@ -69,11 +75,32 @@ def method_names() -> list[str]:  # sorted
     "Names of all methods, those of the user among them."
     return sorted({*BUILT_IN, *METHODS})
 
+# %% ../../nbs/training/40_methods.ipynb #65953a45
+def import_method(
+    name: str,  # MODULE:CLASS
+) -> TrainingMethod:  # ready to use
+    "A method in a module of the user's, found as Python finds it: installed, or in the working directory."
+    module, _, attribute = name.partition(":")
+    if "" not in sys.path and "." not in sys.path:
+        sys.path.insert(0, "")
+    try:
+        cls = getattr(importlib.import_module(module), attribute)
+    except ModuleNotFoundError as exc:
+        raise ConfigError(f"training.method is '{name}', and there is no module '{exc.name}' here or installed.") from exc
+    except AttributeError as exc:
+        raise ConfigError(f"training.method is '{name}', and the module '{module}' has no '{attribute}'.") from exc
+    if missing := [m for m in ("name", "data_kind", "learning_rate", "build") if not hasattr(cls, m)]:
+        raise ConfigError(f"training.method is '{name}', which is no training method: it has no '{missing[0]}'.")
+    METHODS[name], METHOD_SETTINGS[name] = cls(), getattr(cls, "Settings", None)
+    return METHODS[name]
+
 
 def get_method(
     name: str,  # as written in `training.method`
 ) -> TrainingMethod:  # ready to use
-    "Find a method by name. Raises `ConfigError` with the nearest name."
+    "Find a method by name, or by MODULE:CLASS. Raises `ConfigError` with the nearest name."
+    if name not in METHODS and ":" in name:
+        return import_method(name)
     if name not in METHODS and name in BUILT_IN:
         importlib.import_module(BUILT_IN[name])
     if name not in METHODS:
@@ -81,6 +108,16 @@ def get_method(
         hint = f" Did you mean '{near[0]}'?" if near else ""
         raise ConfigError(f"training.method is '{name}'; the methods are {', '.join(method_names())}.{hint}")
     return METHODS[name]
+
+
+def settings_for(
+    cfg: Config,  # names a method, and has its settings in `method`
+) -> Any:  # an instance of the method's `Settings`; None where it has none
+    "The method's own settings, checked. Raises `InvalidConfigError`, a `ConfigError`."
+    get_method(cfg.training.method)
+    if (cls := method_settings(cfg.training.method)) is None:
+        return None
+    return cls(**cfg.method)
 
 # %% ../../nbs/training/40_methods.ipynb #6d698acc
 CPU_BF16_WIDTH = 256  # narrower models train faster in fp32 on a CPU

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MAY_CHANGE', 'TrainingResult', 'run_directory', 'training_texts', 'make_tokenizer', 'fit_chat_template', 'make_model',
            'check_resume', 'check_recipe', 'open_run', 'prepare_run', 'make_callbacks', 'sequence_length', 'measure',
-           'run_manifest', 'train', 'read_or_measure_baseline', 'finish']
+           'run_manifest', 'train', 'heldout_metrics', 'read_or_measure_baseline', 'finish']
 
 # %% ../../nbs/training/55_trainer.ipynb #8e3fd6c3
 import itertools
@@ -31,9 +31,9 @@ from ..core.errors import ConfigError, DataError, TrainingError
 from ..core.model_manager import context_length, load_bot, new_model, pick_device, save_bot, train_tokenizer
 from ..core.preflight import preflight
 from ..monitoring.experiment_tracker import TrackerGroup, check_trackers, create_trackers
-from .bot_trainer import evaluate_rows, latest_checkpoint
+from .bot_trainer import latest_checkpoint
 from .callbacks import ProgressCallback, SampleCallback, TrackerCallback
-from .methods import TrainingMethod, TrainingRun, get_method
+from .methods import TrainingMethod, TrainingRun, get_method, settings_for
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
@@ -105,7 +105,7 @@ def fit_chat_template(
     has_own, wanted = bool(tokenizer.chat_template), cfg.model.chat_template
     if wanted == "own" and not has_own:
         raise ConfigError(f"model.chat_template is 'own', and {cfg.model.base} has none. Use 'chatml' or 'auto'.")
-    if wanted == "chatml" or (wanted == "auto" and not has_own and data_kind == "chat"):
+    if wanted == "chatml" or (wanted == "auto" and not has_own and data_kind != "text"):
         return attach_chat_template(tokenizer, model)
     return []
 
@@ -140,7 +140,7 @@ def check_resume(
     now, then = to_dict(cfg), saved["config"]
     differ = [
         f"{section}.{key}: {then[section].get(key)!r} then, {value!r} now"
-        for section in ("model", "training", "data")
+        for section in ("model", "training", "method", "lora", "data")
         for key, value in now[section].items()
         if value != then[section].get(key) and key not in MAY_CHANGE
     ]
@@ -159,6 +159,7 @@ def check_recipe(
 ) -> TrainingMethod:  # the method that it names
     "Find what can be found wrong without reading data or weights. Raises `ConfigError` and `BotError`."
     method = get_method(cfg.training.method)
+    settings_for(cfg)
     if not cfg.data.train:
         raise ConfigError("data.train is empty: name at least one file, directory or hub data set to train on.")
     check_trackers(cfg.monitoring.trackers)
@@ -217,8 +218,8 @@ def prepare_run(
         (run_dir / "run.json").write_text(json.dumps({"config": to_dict(cfg), "data": data.fingerprint}, indent=2, default=str))
     rate = cfg.training.learning_rate or method.learning_rate(model.config, is_new=cfg.model.base is None)
     cfg = replace(cfg, training=replace(cfg.training, learning_rate=rate))
-    tracker, callbacks = make_callbacks(cfg, chat, method.data_kind == "chat", run_dir, console)
-    return TrainingRun(cfg, model, tokenizer, chat, data, tracker, callbacks, run_dir, device)
+    tracker, callbacks = make_callbacks(cfg, chat, method.data_kind != "text", run_dir, console)
+    return TrainingRun(cfg, model, tokenizer, chat, data, tracker, callbacks, run_dir, device, settings_for(cfg))
 
 # %% ../../nbs/training/55_trainer.ipynb #01658f60
 def make_callbacks(
@@ -318,6 +319,17 @@ def train(
     return finish(trainer, run, baseline, seconds)
 
 # %% ../../nbs/training/55_trainer.ipynb #271fb2b2
+def heldout_metrics(
+    trainer: "Trainer",  # of any method
+    run: TrainingRun,  # its run, with held-out rows
+) -> dict[str, float]:  # without a prefix
+    "What the trainer measures on held-out rows."
+    if hasattr(trainer, "heldout_metrics"):
+        return trainer.heldout_metrics(run.data.validation)
+    found = {name.removeprefix("eval_"): value for name, value in trainer.evaluate(run.data.validation).items()}
+    return {name: value for name, value in found.items() if name != "epoch" and not name.endswith(("runtime", "per_second"))}
+
+
 def read_or_measure_baseline(
     trainer: "Trainer",  # before training
     run: TrainingRun,  # its run
@@ -329,7 +341,7 @@ def read_or_measure_baseline(
         return json.loads(kept.read_text())
     if run.data.validation is None:
         return {}
-    metrics = evaluate_rows(trainer, run.data.validation).metrics()
+    metrics = heldout_metrics(trainer, run)
     kept.write_text(json.dumps(metrics))
     return metrics
 
