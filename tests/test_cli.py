@@ -85,7 +85,8 @@ def commands() -> list[list[str]]:
     for group in app.registered_groups:
         inner = group.typer_instance
         assert inner is not None
-        found += [[str(inner.info.name), (c.name or c.callback.__name__)] for c in inner.registered_commands if c.callback]
+        above = [inner.info.name] if isinstance(inner.info.name, str) else []  # commands of a nameless group stand at the top
+        found += [[*above, c.name or c.callback.__name__] for c in inner.registered_commands if c.callback]
     return found
 
 
