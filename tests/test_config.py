@@ -183,6 +183,43 @@ def test_the_later_source_wins(layers: dict[str, int], tmp_path: Path) -> None:
     assert live.current.training == cfg.training
 
 
+@pytest.fixture
+def nudge(monkeypatch: pytest.MonkeyPatch) -> None:
+    "A made-up training method with settings of its own."
+    from pydantic import Field
+    from pydantic.dataclasses import dataclass
+
+    from llmbot.core import config
+    from llmbot.core.settings import STRICT, section
+
+    @section("method")
+    @dataclass(kw_only=True, config=STRICT)
+    class NudgeSettings:
+        strength: float = Field(default=0.1, gt=0, description="How hard")
+        kinds: list[str] = Field(default_factory=list, description="Which")
+
+    monkeypatch.setitem(config.METHOD_SETTINGS, "nudge", NudgeSettings)
+
+
+@pytest.mark.usefixtures("nudge")
+def test_settings_of_a_method(tmp_path: Path) -> None:
+    "They come from the same sources, and their faults have the same places, as all others."
+    path = tmp_path / "recipe.yaml"
+    path.write_text("training:\n  method: nudge\nmethod:\n  strength: 0\n  strenght: 2\n")
+    with pytest.raises(InvalidConfigError) as caught:
+        load_config(path, env={})
+    assert [(f.key, f.line) for f in caught.value.faults] == [("method.strength", 4), ("method.strenght", 5)]
+    assert "did you mean 'method.strength'" in str(caught.value)
+    cfg = load_config(None, ["training.method=nudge", "method.kinds=[a, b]"], {"LLMBOT_METHOD__STRENGTH": "0.5"})
+    assert cfg.method == {"kinds": ["a", "b"], "strength": "0.5"}
+    save_config(cfg, tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml", env={}) == cfg
+    with pytest.raises(InvalidConfigError, match="environment variable LLMBOT_METHOD__KIND"):
+        load_config(None, ["training.method=nudge"], {"LLMBOT_METHOD__KIND": "a"})
+    with pytest.raises(InvalidConfigError, match="has no settings of its own"):
+        load_config(None, ["training.method=sft", "method.strength=1"], {})
+
+
 def test_the_environment_of_the_process_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLMBOT_SERVING__PORT", "1234")
     monkeypatch.setenv("LLMBOT_SHARED", "left/alone")
