@@ -63,6 +63,8 @@ def train(arguments: Arguments = None, resume: Resume = False, as_json: AsJson =
         emit({key: value for key, value in dataclasses.asdict(result).items() if key != "history"})
         return
     say(f"\n{result.bot} is trained: {result.steps:,} steps in {result.seconds:.0f} s, {result.tokens_per_second:,.0f} tokens/s.", "bold")
+    if result.data_wait_share is not None:
+        say(f"It waited for data {result.data_wait_share:.1%} of the time.")
     terminal().print(table(["", ""], result.metrics.items()))
     raw = " --raw" if get_method(cfg.training.method).data_kind == "text" else ""
     say(f"\nTalk to it:  llmbot chat {result.bot}{raw}\nServe it:    llmbot serve {result.bot}")

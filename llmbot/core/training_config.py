@@ -49,7 +49,7 @@ class OptimizationConfig:
         default="cosine", description="Course of the learning rate after the warm-up")
     min_lr_ratio: float = Field(default=0.1, ge=0, le=1, description="cosine_with_min_lr ends at this share of the peak")
     warmup_steps: float = Field(default=0.03, ge=0, description="Steps of linear warm-up; below 1: a share of all steps")
-    freeze: Names = Field(default_factory=list, description="Parameters that stay as they are, as patterns such as *embed_tokens*")
+    freeze: Names = Field(default_factory=list, description="Parameters that stay as they are, as patterns such as '*embed_tokens*'")
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(
         default=None, description="The bot gets a moving average of the weights with this decay, such as 0.999; unset: the last ones")
     early_stopping_patience: Size | None = Field(

@@ -4,26 +4,29 @@
 
 # %% auto #0
 __all__ = ['STAGING', 'RESOLUTION', 'latest_checkpoint', 'CompleteCheckpoints', 'follow_clock', 'ClockSchedule',
-           'HonestEvaluation', 'BotTrainer', 'evaluate_rows', 'bot_trainer']
+           'HonestEvaluation', 'EarlyStopping', 'AverageCallback', 'ChosenWeights', 'choose_weights', 'Pace', 'Paced',
+           'BotTrainer', 'evaluate_rows', 'bot_trainer']
 
 # %% ../../nbs/training/45_bot_trainer.ipynb #10e04524
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerControl, TrainingArguments
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from ..core.errors import ConfigError, TrainingError, storage_reason
 from ..core.model_manager import quiet_bars
 from ..core.packing import Collator
+from ..core.weights import BestWeights, WeightAverage, freeze_parameters, load_average, save_average
 from ..monitoring.likelihood import heldout_likelihood, token_byte_lengths
 from .callbacks import TimeBudget
 from .methods import TrainingRun, training_arguments
@@ -111,11 +114,160 @@ class HonestEvaluation(Trainer):
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        self._asked = time.monotonic()
         return metrics
 
+# %% ../../nbs/training/45_bot_trainer.ipynb #14a9a08e
+class EarlyStopping(EarlyStoppingCallback):
+    "transformers' early stopping, which also remembers its patience over a resume."
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        "Take up the count of the checkpoint."
+        if isinstance(saved := state.stateful_callbacks.get("EarlyStopping"), dict):
+            self.early_stopping_patience_counter = int(saved["attributes"]["early_stopping_patience_counter"])
+
+
+class AverageCallback(TrainerCallback):
+    "Updates a moving average after each step, before a checkpoint is written."
+
+    def __init__(self, average: WeightAverage):
+        self.average = average
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        "Take in the new weights."
+        self.average.update()
+
+# %% ../../nbs/training/45_bot_trainer.ipynb #5f670f42
+class ChosenWeights(Trainer):
+    "Mixin for a `transformers.Trainer`: the model ends with the average, or with the weights of the best evaluation."
+
+    average: WeightAverage | None = None  # set by `choose_weights`
+    best: BestWeights | None = None  # set by `choose_weights`
+
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        "Evaluate the average where there is one; offer the weights as the best ones."
+        with self.average.shown() if self.average else nullcontext():
+            metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        if self.best and metric_key_prefix == "eval" and self.state.global_step:
+            self.best.offer(self.model, self.state.global_step, metrics["eval_loss"])
+        return metrics
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        "Train; then put the average or the best weights in the place of the last."
+        output = super().train(*args, **kwargs)
+        if self.average:
+            self.average.write()
+            self.average = None
+        if self.best:
+            if not any(e["step"] == self.state.global_step and "eval_loss" in e for e in self.state.log_history):
+                self.evaluate()
+            self.accelerator.wait_for_everyone()  # the first process writes
+            self.best.restore(self.model)
+        return output
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        "For early stopping only: no checkpoint is marked as the best, which transformers would treat unlike the others."
+        found = super()._determine_best_metric(metrics, trial)
+        self.state.best_global_step = None
+        return found
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.average and self.args.should_save:
+            save_average(self.average, Path(output_dir) / "average.safetensors")
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self.average and checkpoint:
+            load_average(self.average, Path(checkpoint) / "average.safetensors")
+
+# %% ../../nbs/training/45_bot_trainer.ipynb #ba430848
+def choose_weights(
+    trainer: ChosenWeights,  # not yet trained
+    run: TrainingRun,  # its run
+) -> None:
+    "Freeze, average, keep the best and stop early, as the recipe says. Raises `ConfigError`."
+    t = run.config.training
+    if t.freeze:
+        freeze_parameters(trainer.model, t.freeze)
+    if (t.ema_decay or t.keep_best) and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        name = "ema_decay" if t.ema_decay else "keep_best"
+        raise ConfigError(f"training.{name} needs the whole weights on each process, which training.strategy={t.strategy} splits: use ddp.")
+    if t.ema_decay:
+        trainer.average = WeightAverage(trainer.model, t.ema_decay)
+        trainer.add_callback(AverageCallback(trainer.average))
+    if t.keep_best:
+        trainer.best = BestWeights(run.run_dir / "best", writes=trainer.args.should_save)
+    if t.early_stopping_patience:
+        trainer.add_callback(EarlyStopping(t.early_stopping_patience))
+
+# %% ../../nbs/training/45_bot_trainer.ipynb #aaa3eb8d
+class Pace:
+    "Counts tokens, seconds, and the seconds of waiting for data; since the start, and since it was last asked."
+
+    def __init__(self) -> None:
+        self.tokens, self.waited, self.away = 0, 0.0, 0.0  # away: seconds spent on something else than training
+        self.began = time.monotonic()
+        self._before = (0, 0.0, 0.0)
+
+    def timed(self, batches: Iterator[Any]) -> Iterator[Any]:
+        "The batches as they come, the time until each of them counted."
+        while True:
+            asked = time.monotonic()
+            batch = next(batches, None)
+            self.waited += time.monotonic() - asked
+            if batch is None:
+                return
+            yield batch
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        "What happens in the block is no training."
+        left = time.monotonic()
+        yield
+        self.away += time.monotonic() - left
+
+    def seconds(self) -> float:
+        "Seconds of training since the start."
+        return time.monotonic() - self.began - self.away
+
+    def since_last(self) -> tuple[float, float]:  # tokens per second, and the share of waiting
+        "The pace since this was last asked."
+        now = (self.tokens, self.waited, self.seconds())
+        tokens, waited, seconds = (a - b for a, b in zip(now, self._before, strict=True))
+        self._before = now
+        return tokens / max(seconds, 1e-9), min(1.0, waited / max(seconds, 1e-9))
+
+# %% ../../nbs/training/45_bot_trainer.ipynb #a724194b
+class Paced(Trainer):
+    "Mixin for a `transformers.Trainer`: logs tokens per second and the share of waiting for data."
+
+    pace: Pace
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
+        "The micro-batches of a step, the time until they are there counted."
+        return super().get_batch_samples(self.pace.timed(epoch_iterator), num_batches, device)
+
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        "Evaluate, outside the time of training."
+        with self.pace.paused() if hasattr(self, "pace") else nullcontext():
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        "Add the pace to what is logged during training."
+        if "loss" in logs:
+            self.pace.tokens = getattr(self, "tokens_seen", 0)
+            logs["tokens_per_second"], logs["data_wait_share"] = self.pace.since_last()
+        super().log(logs, start_time)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        "Train; see `transformers.Trainer.train`."
+        self.pace = Pace()
+        output = super().train(*args, **kwargs)
+        self.data_wait_share = self.pace.waited / max(self.pace.seconds(), 1e-9)
+        return output
+
 # %% ../../nbs/training/45_bot_trainer.ipynb #9de95551
-class BotTrainer(CompleteCheckpoints, ClockSchedule, HonestEvaluation):
+class BotTrainer(CompleteCheckpoints, ClockSchedule, ChosenWeights, Paced, HonestEvaluation):
     "The loop under `scratch` and `sft`; made by `bot_trainer`."
 
     run: TrainingRun  # set by `bot_trainer`
@@ -132,24 +284,6 @@ class BotTrainer(CompleteCheckpoints, ClockSchedule, HonestEvaluation):
         inputs = {k: v for k, v in inputs.items() if k != "attention_mask"} | {"use_cache": False}
         self.tokens_seen += inputs["input_ids"].numel()
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        "Add throughput to what is logged during training."
-        if "loss" in logs:
-            logs["tokens_per_second"] = self.throughput()
-        super().log(logs, start_time)
-
-    def throughput(self) -> float:
-        "Tokens per second, padding included, since this was last asked."
-        now = time.monotonic()
-        tokens, self._tokens_before = self.tokens_seen - getattr(self, "_tokens_before", 0), self.tokens_seen
-        seconds, self._asked = now - getattr(self, "_asked", self._began), now
-        return tokens / max(seconds, 1e-9)
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        "Train; see `transformers.Trainer.train`."
-        self._began = time.monotonic()
-        return super().train(*args, **kwargs)
 
 # %% ../../nbs/training/45_bot_trainer.ipynb #0492170b
 def evaluate_rows(
@@ -181,6 +315,7 @@ def bot_trainer(
         callbacks=list(run.callbacks),
     )
     trainer.run = run
+    choose_weights(trainer, run)
     trainer.remove_callback(PrinterCallback)  # progress is shown by the run's own callbacks
     if minutes:
         trainer.budget = TimeBudget(minutes)

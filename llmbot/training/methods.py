@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BUILT_IN', 'METHODS', 'M', 'CPU_BF16_WIDTH', 'TrainingRun', 'TrainingMethod', 'register_method', 'method_names',
            'import_method', 'get_method', 'settings_for', 'resolve_precision', 'training_arguments',
-           'reporting_arguments']
+           'efficiency_arguments', 'reporting_arguments']
 
 # %% ../../nbs/training/40_methods.ipynb #5501865c
 import importlib
@@ -166,6 +166,21 @@ def training_arguments(
         "seed": t.seed,
         "data_seed": t.seed,
         **reporting_arguments(t, run.device),
+        **efficiency_arguments(run.config),
+    }
+
+# %% ../../nbs/training/40_methods.ipynb #ed3c25b4
+def efficiency_arguments(
+    cfg: Config,  # the resolved config
+) -> dict[str, Any]:  # keyword arguments for `transformers.TrainingArguments`
+    "How batches are made and in which order, compilation, and what early stopping goes by."
+    t = cfg.training
+    by_loss = {"metric_for_best_model": "loss", "greater_is_better": False} if t.early_stopping_patience else {}
+    return {
+        "train_sampling_strategy": "random" if cfg.data.order == "shuffled" else "sequential",
+        "dataloader_num_workers": t.dataloader_workers,
+        "torch_compile": t.torch_compile,
+        **by_loss,
     }
 
 # %% ../../nbs/training/40_methods.ipynb #eb645a69

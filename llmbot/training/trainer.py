@@ -50,6 +50,7 @@ class TrainingResult:
     seconds: float  # of training in this session
     tokens_per_second: float  # in this session, padding included
     history: list[dict[str, float]] = field(default_factory=list)  # what was logged, with its step
+    data_wait_share: float | None = None  # share of the time in which training waited for data; None where it is not measured
 
 
 def run_directory(
@@ -361,4 +362,5 @@ def finish(
     run.tracker.log_artifact("bot", bot)
     run.tracker.finish()
     rate = getattr(trainer, "tokens_seen", 0) / max(seconds, 1e-9)
-    return TrainingResult(bot, run.run_dir, metrics, trainer.state.global_step, seconds, rate, trainer.state.log_history)
+    waited = getattr(trainer, "data_wait_share", None)
+    return TrainingResult(bot, run.run_dir, metrics, trainer.state.global_step, seconds, rate, trainer.state.log_history, waited)
