@@ -249,12 +249,13 @@ class ChatFormat:
 def render_batch(
     chat: ChatFormat,
     conversations: Sequence[tuple[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]] | None]],  # (messages, tools)
+    add_generation_prompt: bool = False,  # end each with the opening of an answer
 ) -> list[RenderedChat | DataError]:  # in order
-    "Render whole conversations as one batch; one that cannot be rendered gives its error in its place."
+    "Render conversations as one batch; one that cannot be rendered gives its error in its place."
     marked: list[str | DataError] = []
     for messages, tools in conversations:
         try:
-            marked.append(lay_out(chat.template, messages, tools))
+            marked.append(lay_out(chat.template, messages, tools, add_generation_prompt))
         except DataError as exc:
             marked.append(exc)
     rendered = iter(chat._encode([m for m in marked if isinstance(m, str)]))

@@ -136,7 +136,7 @@ class DataConfig:
         default="shuffled", description="Order of rows: shuffled; as_given: the entries of 'train' one after the other; short_first")
     validation: Names = Field(default_factory=list, description="The same for held-out rows; unset: validation_split")
     format: Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt", "chatterbot", "text", "preference",
-                    "oasst"] = Field(default="auto", description="How a row is laid out; auto: recognised row by row")
+                    "oasst", "prompt"] = Field(default="auto", description="How a row is laid out; auto: recognised row by row")
     columns: dict[str, str] = Field(default_factory=dict, description="Expected name: name of the column in the file")
     split: Name = Field(default="train", description="Split of a hub data set to train on")
     validation_split: float = Field(default=0.05, ge=0, lt=1, description="Share of 'train' held out while 'validation' is empty")

@@ -8,7 +8,7 @@ __all__ = ['IGNORED', 'Piece', 'best_fit', 'cut', 'windows', 'Encoded', 'join_co
 # %% ../../nbs/core/13_packing.ipynb #24dfd118
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -89,6 +89,7 @@ class Encoded:
     where: str = ""  # place of the row that it came from
     order: int = 0  # its number among all documents
     continues: bool = False  # goes on where the document before it ends
+    columns: dict[str, Any] = field(default_factory=dict)  # preferences and prompts: the row of the data set, in place of ids and labels
 
 
 def join_continued(
