@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SECTIONS', 'RECIPES', 'Listener', 'read_recipe', 'put', 'find_setting', 'add_environment', 'add_overrides', 'locate',
-           'load_config', 'to_dict', 'save_config', 'config_schema', 'recipe_lines', 'init_recipe', 'LiveConfig',
-           'flatten', 'changed_copy']
+           'add_own_method', 'load_config', 'to_dict', 'save_config', 'config_schema', 'recipe_lines', 'init_recipe',
+           'LiveConfig', 'flatten', 'changed_copy']
 
 # %% ../../nbs/core/05_config_io.ipynb #4758f2a5
 import copy
@@ -20,10 +20,10 @@ from typing import Any
 import yaml
 from pydantic import SecretStr, TypeAdapter
 
-from .config import Config, settings
+from .config import METHOD_SETTINGS, Config, settings
 from .errors import ConfigError
 from .recipe import Draft, compose, dump, read_text, write_atomically
-from .settings import Fault, InvalidConfigError, Setting, nearest_key, shorten
+from .settings import Fault, InvalidConfigError, Setting, import_object, nearest_key, shorten
 
 # %% ../../nbs/core/05_config_io.ipynb #a51d9cf1
 SECTIONS = tuple(f.name for f in dataclasses.fields(Config))
@@ -128,6 +128,18 @@ def locate(draft: Draft, fault: Fault) -> Fault:
     return fault
 
 
+def add_own_method(
+    draft: Draft,  # may get a fault
+) -> None:
+    "Make the settings of a method named as MODULE:CLASS known, where the recipe has some, so that they are checked with the others."
+    name = draft.tree.get("training", {}).get("method")
+    if isinstance(name, str) and ":" in name and name not in METHOD_SETTINGS and draft.tree.get("method"):
+        try:
+            METHOD_SETTINGS[name] = getattr(import_object(name, "training.method"), "Settings", None)
+        except ConfigError as exc:
+            draft.faults.append(locate(draft, Fault("training.method", None, str(exc).removeprefix("training.method "))))
+
+
 def load_config(
     path: str | os.PathLike[str] | None = None,  # recipe; None: defaults, environment and overrides alone
     overrides: Sequence[str] = (),  # such as ["training.learning_rate=1e-4"]
@@ -137,6 +149,7 @@ def load_config(
     draft = Draft() if path is None else read_recipe(path)
     add_environment(draft, os.environ if env is None else env)
     add_overrides(draft, overrides)
+    add_own_method(draft)
     try:
         cfg = Config(**draft.tree)
     except InvalidConfigError as exc:

@@ -4,12 +4,15 @@
 
 # %% auto #0
 __all__ = ['TYPES', 'BOUNDS', 'T', 'STRICT', 'Fault', 'InvalidConfigError', 'expected', 'Setting', 'setting', 'settings_of',
-           'nearest_key', 'Conflict', 'refuse', 'changed', 'shorten', 'faults_of', 'section']
+           'nearest_key', 'Conflict', 'refuse', 'changed', 'shorten', 'faults_of', 'section', 'import_object', 'broken']
 
 # %% ../../nbs/core/01_settings.ipynb #43fc6549
 import dataclasses
 import difflib
 import functools
+import importlib
+import sys
+import traceback
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -216,3 +219,34 @@ def section(
         cls.__init__, cls.__setattr__ = __init__, __setattr__
         return cls
     return decorate
+
+# %% ../../nbs/core/01_settings.ipynb #3ed661c9
+def import_object(
+    name: str,  # MODULE:NAME
+    setting: str,  # where that was written, such as "training.method"
+) -> Any:  # what stands there
+    "A class or function of a module; raises `ConfigError` when there is none, or the module cannot be imported."
+    module, _, attribute = name.partition(":")
+    if not attribute or not all(part.isidentifier() for part in f"{module}.{attribute}".split(".")):
+        raise ConfigError(f"{setting} is '{name}', which should be MODULE:NAME, such as my_module:my_name.")
+    if "" not in sys.path and "." not in sys.path:
+        sys.path.insert(0, "")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except ModuleNotFoundError as exc:
+        missing = exc.name or module
+        where = "" if module == missing or module.startswith(f"{missing}.") else f", which '{module}' imports"
+        raise ConfigError(f"{setting} is '{name}', and there is no module '{missing}'{where}, here or installed.") from exc
+    except AttributeError as exc:
+        if not hasattr(exc, "obj") or not isinstance(exc.obj, type(sys)) or exc.name != attribute:
+            raise ConfigError(f"{setting} is '{name}', and {broken(module, exc)}") from exc
+        raise ConfigError(f"{setting} is '{name}', and the module '{module}' has no '{attribute}'.") from exc
+    except Exception as exc:  # the module is the user's: whatever it does wrong is told to them
+        raise ConfigError(f"{setting} is '{name}', and {broken(module, exc)}") from exc
+
+
+def broken(module: str, exc: Exception) -> str:
+    "Where a module of the user's fails, in words."
+    frames = traceback.extract_tb(exc.__traceback__)
+    file, line = (exc.filename, exc.lineno) if isinstance(exc, SyntaxError) else (frames[-1].filename, frames[-1].lineno)
+    return f"importing '{module}' fails at {file}:{line}: {type(exc).__name__}: {exc}"

@@ -9,7 +9,6 @@ __all__ = ['BUILT_IN', 'METHODS', 'M', 'CPU_BF16_WIDTH', 'TrainingRun', 'Trainin
 
 # %% ../../nbs/training/40_methods.ipynb #5501865c
 import importlib
-import sys
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -21,6 +20,7 @@ from ..core.data_examples import Kind
 from ..core.data_processor import PreparedData
 from ..core.errors import ConfigError
 from ..core.model_manager import supports_bf16
+from ..core.settings import import_object
 from ..monitoring.experiment_tracker import TrackerGroup
 
 if TYPE_CHECKING:
@@ -79,16 +79,8 @@ def method_names() -> list[str]:  # sorted
 def import_method(
     name: str,  # MODULE:CLASS
 ) -> TrainingMethod:  # ready to use
-    "A method in a module of the user's, found as Python finds it: installed, or in the working directory."
-    module, _, attribute = name.partition(":")
-    if "" not in sys.path and "." not in sys.path:
-        sys.path.insert(0, "")
-    try:
-        cls = getattr(importlib.import_module(module), attribute)
-    except ModuleNotFoundError as exc:
-        raise ConfigError(f"training.method is '{name}', and there is no module '{exc.name}' here or installed.") from exc
-    except AttributeError as exc:
-        raise ConfigError(f"training.method is '{name}', and the module '{module}' has no '{attribute}'.") from exc
+    "A method in a module of the user's, found as Python finds it. Raises `ConfigError` when it is not there or no method."
+    cls = import_object(name, "training.method")
     if missing := [m for m in ("name", "data_kind", "learning_rate", "build") if not hasattr(cls, m)]:
         raise ConfigError(f"training.method is '{name}', which is no training method: it has no '{missing[0]}'.")
     METHODS[name], METHOD_SETTINGS[name] = cls(), getattr(cls, "Settings", None)
