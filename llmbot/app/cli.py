@@ -260,3 +260,7 @@ def main(
     quiet_libraries()
     with one_message(debug="--debug" in given):
         app(args=[a for a in given if a != "--debug"], prog_name="llmbot")
+
+# %% ../../nbs/app/90_cli.ipynb #e3121646
+if __name__ == "__main__" and "__file__" in globals():
+    main()

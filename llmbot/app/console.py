@@ -9,6 +9,7 @@ __all__ = ['BUG', 'visible', 'terminal', 'say', 'cell', 'table', 'finite', 'emit
 import contextlib
 import json
 import math
+import os
 import re
 import sys
 import traceback
@@ -19,7 +20,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..core.errors import LLMBotError, storage_reason
+from ..core.errors import LLMBotError, TrainingError, storage_reason
+from ..core.processes import QUIET_FAILURES, launched_processes, lost_the_others, rank, record_failure
 
 # %% ../../nbs/app/82_console.ipynb #8812a197
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -115,6 +117,8 @@ def explain(
     "What a person should read, and what a script should see."
     if isinstance(error, LLMBotError):
         return str(error), error.exit_code
+    if launched_processes() > 1 and lost_the_others(error):
+        return "The connection to another process of this run broke: it has ended, or cannot be reached.", TrainingError.exit_code
     if isinstance(error, OSError) or "(os error " in str(error):
         name = getattr(error, "filename", None)
         return f"{name}: {storage_reason(error)}" if name else storage_reason(error), 1
@@ -134,5 +138,10 @@ def one_message(
         if debug:
             console.print(Text(visible("".join(traceback.format_exception(exc)))), soft_wrap=True)
         message, code = explain(exc)
+        record_failure(exc, message, code)
+        if os.environ.get(QUIET_FAILURES) and launched_processes() > 1:
+            raise SystemExit(code) from exc  # the launcher says it, once
+        if launched_processes() > 1:
+            message = f"rank {rank()}: {message}"
         console.print(Text.assemble(("error: ", "bold red"), (visible(message), "red")), soft_wrap=True)
         raise SystemExit(code) from exc

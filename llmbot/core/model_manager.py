@@ -268,6 +268,7 @@ def save_bot(
     tokenizer: "PreTrainedTokenizerBase",  # with its chat template
     manifest: Manifest | None = None,  # what is known of its origin
     overwrite: bool = False,  # whether an existing bot may be replaced
+    weights: "dict[str, torch.Tensor] | None" = None,  # whole weights, where the model's own are spread over processes
 ) -> Path:  # the directory
     "Write a complete bot. Raises `BotError` where it cannot be written."
     manifest = manifest or Manifest(name=Path(dest).resolve().name)
@@ -275,7 +276,7 @@ def save_bot(
     if tokenizer.chat_template:
         manifest.template_digest = ChatFormat(tokenizer, model.generation_config).template_digest
     with bot_writer(dest, overwrite) as tmp, quiet_bars():
-        model.save_pretrained(tmp)
+        model.save_pretrained(tmp, state_dict=weights)
         tokenizer.save_pretrained(tmp)
         write_manifest(tmp, manifest)
     return Path(dest)

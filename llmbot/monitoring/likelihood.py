@@ -95,6 +95,7 @@ def heldout_likelihood(
     batches: Iterable[Mapping[str, Any]],  # tensors input_ids, labels and what else the model takes
     byte_lengths: torch.Tensor,  # (vocabulary,) from `token_byte_lengths`
     autocast: Callable[[], AbstractContextManager[None]] = nullcontext,  # makes a mixed-precision context for each batch
+    pool: Callable[[list[float]], list[float]] = list,  # adds sums up over the processes that share the rows
 ) -> Likelihood:  # summed over all supervised tokens
     "Sum a model's surprise over batches. Raises `DataError` when no token is supervised."
     was_training, device = model.training, next(model.parameters()).device
@@ -110,6 +111,8 @@ def heldout_likelihood(
         tokens += targets.numel()
         text_bytes += int(byte_lengths[targets.cpu()].sum())
     model.train(was_training)
+    nll, *counts = pool([nll, tokens, text_bytes])
+    tokens, text_bytes = (int(count) for count in counts)
     if not tokens:
         raise DataError("No token of the held-out rows is supervised: there is no loss to measure. See: llmbot data inspect")
     return Likelihood(nll, tokens, text_bytes)

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
@@ -26,6 +26,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from ..core.errors import ConfigError, TrainingError, storage_reason
 from ..core.model_manager import quiet_bars
 from ..core.packing import IGNORED, Collator
+from ..core.processes import ShareOfBatches, WithBlank, add_up, is_main, main_first, rank, wait_for_all, world_size
+from ..core.shared_work import SharedWork
 from ..core.weights import BestWeights, WeightAverage, freeze_parameters, load_average, save_average
 from ..monitoring.likelihood import heldout_likelihood, token_byte_lengths
 from .callbacks import TimeBudget
@@ -56,7 +58,9 @@ class CompleteCheckpoints(Trainer):
         "Write a checkpoint aside, rename it into place, and remove old ones."
         root = Path(self.args.output_dir)
         staging = root / STAGING
-        shutil.rmtree(staging, ignore_errors=True)
+        with main_first():
+            if is_main():
+                shutil.rmtree(staging, ignore_errors=True)
         self.staging = str(staging)
         try:
             with quiet_bars():
@@ -66,11 +70,14 @@ class CompleteCheckpoints(Trainer):
             raise TrainingError(f"Cannot write a checkpoint to {root}: {reason}. Earlier ones are whole: go on with --resume.") from exc
         finally:
             self.staging = None
-        for written in staging.iterdir():
-            shutil.rmtree(root / written.name, ignore_errors=True)
-            os.rename(written, root / written.name)
-        staging.rmdir()
-        rotate_checkpoints(output_dir=str(root), save_total_limit=self.args.save_total_limit, use_mtime=False)
+        wait_for_all()  # each process has written its part
+        with main_first():
+            if is_main():
+                for written in staging.iterdir():
+                    shutil.rmtree(root / written.name, ignore_errors=True)
+                    os.rename(written, root / written.name)
+                staging.rmdir()
+                rotate_checkpoints(output_dir=str(root), save_total_limit=self.args.save_total_limit, use_mtime=False)
 
 # %% ../../nbs/training/45_bot_trainer.ipynb #2650c280
 RESOLUTION = 1_000_000  # virtual steps of a schedule that follows the clock
@@ -255,7 +262,7 @@ class Paced(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         "Add the pace to what is logged during training."
         if "loss" in logs:
-            self.pace.tokens = getattr(self, "tokens_seen", 0)
+            self.pace.tokens = round(add_up([getattr(self, "tokens_seen", 0)])[0])
             logs["tokens_per_second"], logs["data_wait_share"] = self.pace.since_last()
         super().log(logs, start_time)
 
@@ -274,7 +281,7 @@ def supervised(
     return (inputs["labels"][:, 1:] != IGNORED).sum().clamp(min=1)
 
 
-class BotTrainer(CompleteCheckpoints, ClockSchedule, ChosenWeights, Paced, HonestEvaluation):
+class BotTrainer(CompleteCheckpoints, ClockSchedule, ChosenWeights, Paced, HonestEvaluation, SharedWork):
     "The loop under `scratch` and `sft`; made by `bot_trainer`."
 
     run: TrainingRun  # set by `bot_trainer`
@@ -313,12 +320,15 @@ def evaluate_rows(
     trainer: Trainer,  # gives model, batch size, collator and precision
     dataset: Any,  # tokenized rows
 ) -> Any:  # a `Likelihood`
-    "The likelihood of tokenized rows under the trainer's model, in the trainer's precision."
-    loader = DataLoader(dataset, batch_size=trainer.args.per_device_eval_batch_size, collate_fn=trainer.data_collator)
+    "The likelihood of tokenized rows under the trainer's model, in its precision; each process measures its share."
+    batches = BatchSampler(SequentialSampler(dataset), trainer.args.per_device_eval_batch_size, drop_last=False)
+    share = ShareOfBatches(batches, world_size(), rank())
+    rows: Any = WithBlank(dataset)
+    loader: DataLoader[Any] = DataLoader(rows, batch_sampler=share, collate_fn=trainer.data_collator)
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     lengths = token_byte_lengths(trainer.processing_class, model.config.vocab_size)
     without_mask = ({k: v for k, v in batch.items() if k != "attention_mask"} for batch in loader)
-    return heldout_likelihood(model, without_mask, lengths, trainer.accelerator.autocast)
+    return heldout_likelihood(model, without_mask, lengths, trainer.accelerator.autocast, add_up)
 
 # %% ../../nbs/training/45_bot_trainer.ipynb #228e7b5d
 T = TypeVar("T", bound=BotTrainer)

@@ -16,6 +16,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 
 from ..core.chat import ChatFormat
+from ..core.processes import from_main
 from ..monitoring.experiment_tracker import TrackerGroup
 
 if TYPE_CHECKING:
@@ -125,11 +126,11 @@ class TimeBudget(TrainerCallback, ExportableState):
         max_steps: int,  # steps at most
     ) -> float:  # between 0 and 1
         "The share of the run that is over."
-        return min(1.0, max(step / max_steps, self.elapsed() / (60 * self.minutes)))
+        return min(1.0, max(step / max_steps, from_main(self.elapsed()) / (60 * self.minutes)))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         "Stop when the time is up."
-        if self.elapsed() >= 60 * self.minutes:
+        if from_main(self.elapsed()) >= 60 * self.minutes:
             control.should_training_stop = True
 
     def state(self) -> dict[str, Any]:
