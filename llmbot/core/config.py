@@ -119,6 +119,8 @@ def data_conflicts(data: "DataConfig") -> Iterator[Conflict]:
         yield Conflict(("format", *chat), "plain text has no system prompt and no roles: all of it is learned")
     if data.weights and len(data.weights) != len(data.train):
         yield Conflict(("weights", "train"), f"{len(data.weights)} weights for {len(data.train)} entries of 'train': give one for each")
+    if data.weights and len(set(data.train)) < len(data.train):
+        yield Conflict(("weights", "train"), "an entry of 'train' is listed twice: name it once, and give it a higher weight")
     if data.streaming and (whole := changed(data, "weights", "order")):
         yield Conflict(("streaming", *whole), "a stream is read as it comes: drop the others, or read the data whole")
     if data.max_rows is not None and data.max_rows < 2 and data.validation_split and not data.validation:
@@ -268,6 +270,10 @@ def config_conflicts(cfg: "Config") -> Iterator[Conflict]:
     if data.streaming and training.max_steps is None:
         yield Conflict(("data.streaming", "training.max_steps"), "streamed data has no known length, so the learning "
                        "rate has no end to go to: set 'training.max_steps'")
+    if data.streaming and (sized := changed(training, "group_by_length", "max_tokens_per_batch")):
+        yield Conflict(("data.streaming", *(f"training.{name}" for name in sized)), "a stream's lengths are not known beforehand")
+    if data.order != "shuffled" and training.group_by_length:
+        yield Conflict(("data.order", "training.group_by_length"), f"rows cannot be grouped by length and come {data.order}: keep one")
     if training.eval_steps and not data.validation and not data.validation_split:
         yield Conflict(("training.eval_steps", "data.validation_split"), "there are no held-out rows to evaluate on")
     if model.base is None and (data.max_seq_length or 0) > model.max_position_embeddings:

@@ -27,7 +27,7 @@ from .data_formats import Example
 from .data_reader import find_sources, read_rows
 from .data_report import AnswerStats, DataReport, Sample, SplitStats, count_loss, length_histogram
 from .data_rows import Row, excerpt_of
-from .data_store import PreparedData, Splits, in_memory, load_entry, rows_of, store_entry
+from .data_store import PreparedData, Splits, in_memory, load_entry, mix_entries, rows_of, store_entry
 from .data_tokens import Outcome, check_kind, encode_answers, encode_chats, encode_documents
 from .errors import DataError
 from .packing import IGNORED, Encoded, columns_of, join_continued
@@ -293,6 +293,19 @@ def stream_data(
     return PreparedData(train, in_memory(*splits["validation"], packed) if "validation" in splits else None, report, "")
 
 # %% ../../nbs/core/17_data_processor.ipynb #d46ca461
+def _learned(config: DataConfig, chat: ChatFormat, books: Books, kind: Kind, limit: int) -> Iterator[Encoded]:
+    "The documents of `data.train`, each with the number of its entry."
+    first = books.report.rows_read
+    for entry, name in enumerate(config.train):
+        if name in config.train[:entry]:
+            continue
+        left = None if config.max_rows is None else config.max_rows - (books.report.rows_read - first)
+        rows = itertools.islice(read_rows([name], split=config.split), left)
+        for document in documents_of(rows, config, chat, books, kind, limit):
+            document.entry = entry
+            yield document
+
+# %% ../../nbs/core/17_data_processor.ipynb #b9c543af
 def _build(
     config: DataConfig, chat: ChatFormat, kind: Kind, limit: int, packed: bool, seed: int, report: DataReport
 ) -> Splits:
@@ -304,8 +317,7 @@ def _build(
         held = list(documents_of(read_rows(config.validation, split=config.split), config, chat, books, kind, limit))
     sources = find_sources(config.train)
     report.sources, report.ignored = sources.names + report.sources, sources.ignored
-    rows = itertools.islice(read_rows(config.train, split=config.split), config.max_rows)
-    train = list(documents_of(rows, config, chat, books, kind, limit))
+    train = list(_learned(config, chat, books, kind, limit))
     shared = len({d.group for d in train} & {d.group for d in held})
     if not config.validation:
         train, held = split_documents(train, config.validation_split, config.split_seed, force=not report.partial)
@@ -319,8 +331,12 @@ def _build(
     if not train:
         lost = "; ".join(f"{loss.count} x {reason} (first: {loss.where})" for reason, loss in report.dropped.items()) or "no rows were read"
         raise DataError(f"Nothing is left to train on, of {report.rows_read} rows: {lost}.")
-    splits = {name: (part, rows_of(part, kind, limit, packed, seed)) for name, part in (("train", train), ("validation", held)) if part}
-    report.splits = {name: stats_of(part, len(made), chat) for name, (part, made) in splits.items()}
+    groups = mix_entries(train, config, seed, report)
+    splits = {"train": (train, rows_of(train, kind, limit, packed, seed, groups, config.order))}
+    report.splits = {"train": stats_of([train[i] for group in groups for i in group], len(splits["train"][1]), chat)}
+    if held:
+        splits["validation"] = (held, rows_of(held, kind, limit, packed, seed))
+        report.splits["validation"] = stats_of(held, len(splits["validation"][1]), chat)
     chosen = sorted({int(i) for i in np.linspace(0, len(train) - 1, 5)})
     report.samples = [sample_of(train[i], chat) for i in chosen]
     return splits
@@ -345,7 +361,8 @@ def prepare_data(
     check_kind(config, kind)
     packing = packing and kind in ("chat", "text")  # answers that are compared are never packed
     settings = {"kind": kind, "max_seq_length": max_seq_length, "packing": packing, "seed": seed}
-    shown = settings | {"train_on": config.train_on, "on_overlong": config.on_overlong, "validation_split": config.validation_split}
+    told = ("train_on", "on_overlong", "validation_split", "order")
+    shown: dict[str, Any] = settings | {name: getattr(config, name) for name in told}
     if config.streaming:
         return stream_data(config, chat, kind, max_seq_length, packing, seed, shown)
     fingerprint = fingerprint_of(config, chat, settings)

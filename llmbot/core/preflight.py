@@ -194,7 +194,9 @@ def summary(data: DataReport) -> str:
     "The figures of the rows in one line."
     formats = ", ".join(f"{count} {name}" for name, count in data.formats.items()) or "nothing recognised"
     origin = " (from the cache)" if data.cached else " (of the beginning of a stream)" if data.partial else ""
-    return f"{data.rows_read:,} rows read, {data.rows_kept:,} kept, {data.rows_dropped:,} lost{origin}; {formats}"
+    named = [(p, p.entry if p.entry.startswith("hf:") else PurePath(p.entry).name) for p in data.mixture]
+    parts = (f"; an epoch takes {p.per_epoch:,} of {name}, which has {p.documents:,} (weight {p.weight:g})" for p, name in named)
+    return f"{data.rows_read:,} rows read, {data.rows_kept:,} kept, {data.rows_dropped:,} lost{origin}; {formats}{''.join(parts)}"
 
 
 def _losses(title: str, losses: dict[str, Loss], one_source: bool) -> Table:
