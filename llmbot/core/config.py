@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Origins', 'Token', 'MUTABLE', 'SHAPE', 'METHOD_SETTINGS', 'Job', 'usable_token', 'model_conflicts', 'head_conflicts',
            'ModelConfig', 'data_conflicts', 'DataConfig', 'is_loopback', 'serving_conflicts', 'ServingConfig',
-           'monitoring_conflicts', 'MonitoringConfig', 'method_settings', 'method_conflicts', 'config_conflicts',
-           'Config', 'missing_for', 'check_config', 'settings']
+           'monitoring_conflicts', 'MonitoringConfig', 'method_settings', 'method_conflicts', 'trains_adapter',
+           'adapter_conflicts', 'config_conflicts', 'Config', 'missing_for', 'check_config', 'settings']
 
 # %% ../../nbs/core/03_config.ipynb #01485ec6
 import dataclasses
@@ -58,8 +58,8 @@ def model_conflicts(model: "ModelConfig") -> Iterator[Conflict]:
     if model.attn_implementation == "flash_attention_2" and (model.device in ("cpu", "mps") or model.dtype == "float32"):
         yield Conflict(("attn_implementation", "device", "dtype"),
                        "flash_attention_2 needs a CUDA device and float16 or bfloat16: use sdpa")
-    if model.quantization != "none" and not model.base:
-        yield Conflict(("quantization", "base"), "only an existing model can be quantized: name it in 'base'")
+    if model.quantization != "none" and (new := changed(model, "preset", "depth", *SHAPE)):
+        yield Conflict(("quantization", *new), "only an existing model can be quantized: name it in 'base'")
     yield from head_conflicts(model)
 
 # %% ../../nbs/core/03_config.ipynb #708a2146
@@ -263,6 +263,29 @@ def method_conflicts(cfg: "Config") -> Iterator[Conflict]:
             keys = tuple(key if key.startswith("method.") else f"method.{key}" for key in fault.key.split(", "))
             yield Conflict(keys, str(dataclasses.replace(fault, key="")).removeprefix(": "))
 
+# %% ../../nbs/core/03_config.ipynb #839fc12d
+def trains_adapter(
+    cfg: "Config",  # any configuration
+) -> bool:  # False: all weights of the model are trained
+    "Whether the method trains an adapter and leaves the base as it is."
+    own = getattr(method_settings(cfg.training.method), "__pydantic_fields__", {}).get("adapter")
+    chosen = cfg.method.get("adapter", own.default) if own else cfg.training.method == "lora"
+    return chosen is True or str(chosen).lower() in ("true", "yes", "on", "1")
+
+
+def adapter_conflicts(cfg: "Config") -> Iterator[Conflict]:
+    "What needs an adapter in a recipe that trains none."
+    shape, method = changed(cfg.lora, *(f.name for f in dataclasses.fields(cfg.lora))), cfg.training.method
+    bits = cfg.model.quantization != "none"
+    if not cfg.data.train or not (shape or bits) or method not in METHOD_SETTINGS or trains_adapter(cfg):
+        return
+    if bits:
+        yield Conflict(("model.quantization", "training.method"), f"quantized weights cannot be trained by '{method}': use "
+                       "'method: lora', which trains an adapter on them")
+    if shape:
+        yield Conflict((*(f"lora.{name}" for name in shape), "training.method"), f"'{method}' trains no adapter here: use "
+                       "'method: lora', or drop the section 'lora'")
+
 # %% ../../nbs/core/03_config.ipynb #bb66ee75
 def config_conflicts(cfg: "Config") -> Iterator[Conflict]:
     "What contradicts what between sections."
@@ -281,10 +304,8 @@ def config_conflicts(cfg: "Config") -> Iterator[Conflict]:
                        f"tokens do not fit a context of {model.max_position_embeddings}")
     if training.precision == "fp16" and model.device == "cpu":
         yield Conflict(("training.precision", "model.device"), "fp16 training needs a GPU: use bf16 or fp32")
-    if model.quantization != "none" and training.method in ("scratch", "sft"):
-        yield Conflict(("model.quantization", "training.method"), f"quantized weights cannot be trained by '{training.method}': use "
-                       "'method: lora', which trains an adapter on them")
     yield from method_conflicts(cfg)
+    yield from adapter_conflicts(cfg)
     if training.method == "sft" and data.format == "text":
         yield Conflict(("training.method", "data.format"), "plain text has no answers to learn: use 'method: scratch'")
 
@@ -323,6 +344,8 @@ def missing_for(
     if job == "train" and not changed(model, "base", "preset", "depth", *SHAPE) and cfg.training.method != "scratch":
         yield Conflict(("model.base",), f"the method '{cfg.training.method}' goes on from a bot: name it, or choose the size of "
                        "a new model with 'preset' or 'depth'")
+    elif job == "train" and not model.base and trains_adapter(cfg):
+        yield Conflict(("model.base",), "an adapter is trained on a bot that stays as it is: name it")
 
 # %% ../../nbs/core/03_config.ipynb #8bfd6d20
 def check_config(

@@ -15,12 +15,12 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+from ..core.architectures import supports_bf16
 from ..core.chat import ChatFormat
 from ..core.config import METHOD_SETTINGS, Config, TrainingConfig, method_settings
 from ..core.data_examples import Kind
 from ..core.data_processor import PreparedData
 from ..core.errors import ConfigError, require
-from ..core.model_manager import supports_bf16
 from ..core.processes import launched_processes
 from ..core.settings import import_object
 from ..monitoring.experiment_tracker import TrackerGroup

@@ -22,19 +22,20 @@ from transformers import set_seed
 
 from ..core.bot import Manifest, bot_digest, check_destination, storage_error
 from ..core.chat import ChatFormat, attach_chat_template
-from ..core.config import Config, DataConfig
+from ..core.config import Config, DataConfig, check_config, trains_adapter
 from ..core.config_io import to_dict
 from ..core.data_formats import normalise, recognise
 from ..core.data_processor import prepare_data
 from ..core.data_reader import read_rows
 from ..core.errors import ConfigError, DataError, TrainingError
-from ..core.model_manager import context_length, load_bot, new_model, pick_device, save_bot, train_tokenizer
+from ..core.model_manager import context_length, load_bot, new_model, pick_device, train_tokenizer, whole_model
 from ..core.preflight import preflight
 from ..core.processes import add_up, is_main, join_processes, main_first, world_size
 from ..monitoring.experiment_tracker import TrackerGroup, check_trackers, create_trackers
 from .bot_trainer import latest_checkpoint
 from .callbacks import ProgressCallback, SampleCallback, TrackerCallback
 from .launch import check_processes, check_world_size, run_directory, shared_directory, wrapping_check
+from .lora_trainer import write_bot
 from .methods import SHARDED, TrainingMethod, TrainingRun, asked_strategy, check_strategy, get_method, settings_for
 
 if TYPE_CHECKING:
@@ -110,19 +111,21 @@ def make_model(
     tokenizer: "PreTrainedTokenizerBase",  # decides the size of a new model's embedding
     data_kind: str,  # what the method trains on
     device: str,  # where it goes
-) -> "PreTrainedModel":  # fp32 weights, on the device
-    "The base's weights in fp32, or a new model."
+) -> "PreTrainedModel":  # on the device
+    "The base's weights, or a new model: in fp32 to be trained, or under an adapter as `model.dtype` and `model.quantization` say."
     m = cfg.model
     if m.base is None:
         return new_model(m, tokenizer, cfg.training.seed).to(device)
-    model = load_bot(m.base, device=device, dtype="float32", attn_implementation=m.attn_implementation, revision=m.revision).model
+    dtype = m.dtype if trains_adapter(cfg) else "float32"
+    model = whole_model(load_bot(m.base, device=device, dtype=dtype, attn_implementation=m.attn_implementation,
+                                 revision=m.revision, quantization=m.quantization))
     fresh = load_bot(m.base, device="cpu", revision=m.revision).tokenizer
     fit_chat_template(cfg, fresh, data_kind, model)
     return model
 
 # %% ../../nbs/training/55_trainer.ipynb #0a0101c7
 MAY_CHANGE = {"max_steps", "max_minutes", "num_train_epochs", "logging_steps", "eval_steps", "save_steps", "save_total_limit"}
-MAY_CHANGE |= {"overwrite", "cache_dir", "device", "per_device_eval_batch_size"}
+MAY_CHANGE |= {"overwrite", "cache_dir", "device", "per_device_eval_batch_size", "merge", "merge_tolerance"}
 
 
 def check_resume(
@@ -156,6 +159,7 @@ def check_recipe(
     "Find what can be found wrong without reading data or weights. Raises `ConfigError` and `BotError`."
     method = get_method(cfg.training.method)
     settings_for(cfg)
+    check_config(cfg)  # once more, now that the method has registered its settings
     if not cfg.data.train:
         raise ConfigError("data.train is empty: name at least one file, directory or hub data set to train on.")
     check_trackers(cfg.monitoring.trackers)
@@ -365,12 +369,11 @@ def finish(
 ) -> TrainingResult:  # the bot and its numbers
     "Measure, write the bot and the history, close the trackers."
     metrics = measure(trainer, run, baseline)
-    cfg = run.config.training
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-    bot, weights = Path(cfg.output_dir), trainer.whole_weights() if hasattr(trainer, "whole_weights") else None
+    bot, weights = Path(run.config.training.output_dir), trainer.whole_weights() if hasattr(trainer, "whole_weights") else None
     with main_first():
         if is_main():
-            save_bot(bot, model, run.tokenizer, run_manifest(run, metrics), cfg.overwrite, weights)
+            write_bot(run, model, run_manifest(run, metrics), weights)
             (run.run_dir / "history.json").write_text(json.dumps(trainer.state.log_history, indent=1))
     run.tracker.log_artifact("bot", bot)
     run.tracker.finish()
