@@ -12,6 +12,7 @@ _WHERE = {
     "Config": "llmbot.core.config",
     "load_config": "llmbot.core.config_io",
     "load_bot": "llmbot.core.model_manager",
+    "plan": "llmbot.training.plan",
     "train": "llmbot.training.trainer",
     "evaluate_bot": "llmbot.evaluation.evaluate",
     "ask": "llmbot.serving.torch_backend",
@@ -27,6 +28,7 @@ __all__ = [
     "evaluate_bot",
     "load_bot",
     "load_config",
+    "plan",
     "serve",
     "train",
 ]
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
     from llmbot.evaluation.evaluate import evaluate_bot
     from llmbot.serving.api_server import serve
     from llmbot.serving.torch_backend import ask
+    from llmbot.training.plan import plan
     from llmbot.training.trainer import train
 
 

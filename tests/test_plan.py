@@ -1,0 +1,230 @@
+"""A plan against what is there: real parameter counts, PyTorch's operation counter, and the measured memory of real runs."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from llmbot.core.architectures import PRESETS, qwen3_config
+from llmbot.core.config import Config, ModelConfig
+from llmbot.core.config_io import load_config
+from llmbot.core.errors import ConfigError, DataError
+from llmbot.core.model_manager import supports_bf16
+from llmbot.core.parameters import adapter_parameters, count, meta_model, operations
+from llmbot.core.peak_memory import with_adapter
+from llmbot.core.training_config import LoraConfig
+from llmbot.training.plan import plan
+
+
+def small(preset: str, vocab_size: int = 512) -> Any:
+    return qwen3_config(ModelConfig(preset=preset), vocab_size)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_parameters_are_those_of_the_model(preset: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    config = small(preset, 1024)
+    counted = count(meta_model(config), Config(), adapter=False)
+    if counted.total < 50e6:  # the real thing where it is cheap, and transformers' own count on the meta device where it is not
+        assert counted.total == AutoModelForCausalLM.from_config(config).num_parameters()
+    assert counted.total == counted.trained == meta_model(config).num_parameters()
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        LoraConfig(rank=8),
+        LoraConfig(rank=4, target_modules=["q_proj", "v_proj"]),
+        LoraConfig(rank=4, use_dora=True),
+        LoraConfig(rank=4, target_modules=["down_proj"], modules_to_save=["embed_tokens"]),
+    ],
+)
+def test_adapter_has_the_parameters_that_peft_makes(lora: LoraConfig) -> None:
+    formula = adapter_parameters(meta_model(small("qwen3-1m")), lora)
+    trained, _ = with_adapter(meta_model(small("qwen3-1m")), lora).get_nb_trainable_parameters()
+    assert formula == trained
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+@pytest.mark.parametrize("length", [32, 256])
+def test_operations_are_those_that_pytorch_counts(adapter: bool, length: int) -> None:
+    "Forward and backward of a real model, attention included."
+    from transformers import AutoModelForCausalLM
+
+    config = small("qwen3-1m", 1024)
+    counted = count(meta_model(config), Config(), adapter)
+    model: Any = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    model = with_adapter(model, LoraConfig()) if adapter else model
+    ids = torch.randint(0, 500, (2, length))
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    assert operations(config, counted, length).total * ids.numel() == pytest.approx(counter.get_total_flops(), rel=0.05)
+
+
+# The memory of real runs. The estimate has no constant that was fitted to any run, on a CPU not even an overhead, so every case is a test.
+CASES: dict[str, dict[str, Any]] = {
+    "weights": {"model.hidden_size": 512, "model.num_hidden_layers": 6, "training.per_device_batch_size": 1, "data.max_seq_length": 48},
+    "batch": {"model.hidden_size": 192, "model.num_hidden_layers": 4, "training.per_device_batch_size": 8, "data.max_seq_length": 192},
+    "loss": {"model.hidden_size": 64, "model.num_hidden_layers": 2, "training.per_device_batch_size": 12, "data.max_seq_length": 256},
+    "sgd": {"model.hidden_size": 512, "model.num_hidden_layers": 6, "training.per_device_batch_size": 2, "data.max_seq_length": 32,
+            "training.optimizer": "sgd"},
+    "checkpointing": {"model.hidden_size": 192, "model.num_hidden_layers": 6, "training.per_device_batch_size": 8,
+                      "data.max_seq_length": 192, "training.gradient_checkpointing": True},
+    "accumulation": {"model.hidden_size": 384, "model.num_hidden_layers": 5, "training.per_device_batch_size": 2,
+                     "data.max_seq_length": 128, "training.gradient_accumulation_steps": 2},
+    "documents": {"model.hidden_size": 128, "model.num_hidden_layers": 4, "training.per_device_batch_size": 4,
+                  "data.max_seq_length": 384, "data.train": "documents.jsonl"},
+    "lora": {"model.hidden_size": 512, "model.num_hidden_layers": 5, "training.per_device_batch_size": 4, "data.max_seq_length": 96,
+             "lora": True},
+    "bf16": {"model.hidden_size": 256, "model.num_hidden_layers": 6, "training.per_device_batch_size": 8, "data.max_seq_length": 160,
+             "training.precision": "bf16"},
+}  # fmt: skip
+
+CHILD = """
+import ctypes, dataclasses, gc, json, random, sys
+from pathlib import Path
+import torch
+from rich.console import Console
+from llmbot.core.config_io import load_config
+from llmbot.core.training_config import LoraConfig
+from llmbot.training.methods import get_method
+from llmbot.core.parameters import count, meta_model
+from llmbot.core.peak_memory import Around, Workload, peak_memory, with_adapter
+from llmbot.training.plan import look_at
+from llmbot.training.trainer import open_run, prepare_run
+
+torch.set_num_threads(1)
+cases, libc = json.load(sys.stdin), ctypes.CDLL(None)
+
+def status(name):
+    line = next(l for l in Path("/proc/self/status").read_text().splitlines() if l.startswith(name))
+    return 1024 * int(line.split()[1])
+
+def measure(settings):
+    lora = LoraConfig(rank=8) if settings.pop("lora", False) else None
+    cfg = load_config(None, [f"{k}={v}" for k, v in settings.items()], env={})
+    outlook, directory = look_at(cfg), open_run(cfg, False)
+    gc.collect(); libc.malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+    before = status("VmRSS:")
+    run = prepare_run(cfg, get_method("scratch"), directory, False, Console(quiet=True))
+    run.model = with_adapter(run.model, lora) if lora else run.model
+    get_method("scratch").build(run).train()
+    measured = status("VmHWM:") - before
+    if lora is None:
+        return measured, outlook.memory(cfg.training.precision).total
+    b = outlook.batches
+    parameters = count(meta_model(outlook.config), dataclasses.replace(cfg, lora=lora), True)
+    load = Workload(b.micro_batch, b.longest, cfg.training.precision, lora=lora)
+    return measured, peak_memory(outlook.config, parameters, load, Around()).total
+
+words = ["".join(random.Random(i).choices("abcdefghijklmnopqrst", k=7)) for i in range(3000)]
+Path("text.txt").write_text(" ".join(words * 12))
+Path("documents.jsonl").write_text("".join(json.dumps({"text": " ".join(words[i:i + 9])}) + "\\n" for i in range(600)))
+found = {}
+for name, settings in cases.items():
+    found[name] = measure(settings)
+    gc.collect(); libc.malloc_trim(0)
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def memory(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[float, float]]:
+    "Measured and planned bytes of each case. One child runs them all: growth of its resident memory, freed blocks given back at once."
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("the peak of a process can be reset on Linux only")
+    tmp = tmp_path_factory.mktemp("memory")
+    common = {"training.method": "scratch", "training.max_steps": 2, "training.precision": "fp32", "training.warmup_steps": 0,
+              "data.train": "text.txt", "data.validation_split": 0, "data.cache_dir": "cache", "model.vocab_size": 2500,
+              "model.num_attention_heads": 8, "monitoring.trackers": "[]"}  # fmt: skip
+    warm = {"model.preset": "qwen3-0.2m", "training.per_device_batch_size": 1, "data.max_seq_length": 32}
+    cases = {"warm-up": warm, "warm-up in bf16": warm | {"training.precision": "bf16"}, **CASES}
+    cases = {name: common | case | {"training.output_dir": str(tmp / name)} for name, case in cases.items()}
+    glibc = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", CHILD], input=json.dumps(cases), capture_output=True, text=True, cwd=tmp,
+                          env={**os.environ, **glibc, "PYTHONPATH": str(Path(__file__).parents[1])}, timeout=600)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_peak_memory_is_the_measured_one_within_a_fifth(memory: dict[str, tuple[float, float]], case: str) -> None:
+    if case == "bf16" and not supports_bf16("cpu"):
+        pytest.skip("this CPU has no bf16: its products make copies in fp32")
+    measured, planned = memory[case]
+    print(f"{case}: measured {measured / 1e6:.0f} MB, planned {planned / 1e6:.0f} MB, {planned / measured:.2f}")
+    assert measured > 50e6, "the case is too small to tell anything"
+    assert planned == pytest.approx(measured, rel=0.2)
+
+
+def recipe(tmp_path: Path, *overrides: str) -> Config:
+    rows = [{"messages": [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": "yes " * (i % 7 + 1)}]} for i in range(60)]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common = ["model.preset=qwen3-0.2m", "model.vocab_size=300", f"data.train={tmp_path}/chats.jsonl", f"data.cache_dir={tmp_path}/cache",
+              f"training.output_dir={tmp_path}/bot"]  # fmt: skip
+    return load_config(None, [*common, *overrides], env={})
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_steps_and_tokens_are_those_of_the_run(tmp_path: Path, packing: bool) -> None:
+    from rich.console import Console
+
+    from llmbot.training.trainer import train
+
+    cfg = recipe(tmp_path, f"training.packing={packing}", "training.num_train_epochs=2", "training.gradient_accumulation_steps=2",
+                 "data.max_seq_length=64", "training.per_device_batch_size=4", "training.precision=fp32")  # fmt: skip
+    planned = plan(cfg)
+    result = train(cfg, console=Console(quiet=True))
+    assert planned.batches.steps == result.steps
+    assert planned.batches.tokens == pytest.approx(result.tokens_per_second * result.seconds, rel=0.1)
+    assert planned.parameters.total == planned.parameters.trained
+    assert [e.device.name for e in planned.devices][1:3] == ["T4", "L4"]
+
+
+def test_a_stream_is_planned_from_its_steps(tmp_path: Path) -> None:
+    cfg = recipe(tmp_path, "data.streaming=true", "training.max_steps=7", "data.max_seq_length=64", "training.per_device_batch_size=4")
+    found = plan(cfg).batches
+    assert (found.rows, found.steps, found.tokens) == (None, 7, 7 * 4 * 64)
+
+
+def test_what_does_not_fit_gets_changes_that_do(tmp_path: Path) -> None:
+    "A batch that is far too large for a small GPU; each change is judged by its own trace."
+    cfg = recipe(tmp_path, "model.preset=qwen3-0.6b", "data.max_seq_length=2048", "training.max_steps=10", "data.streaming=true",
+                 "training.per_device_batch_size=32", "model.max_position_embeddings=2048")  # fmt: skip
+    found = plan(cfg, device="L4")
+    assert found.chosen.device.name == "L4"
+    assert not found.chosen.fits
+    assert found.chosen.change
+    assert found.chosen.change.peak <= 24e9 < found.chosen.peak
+    settings = [c.settings for c in found.changes]
+    assert ("training.per_device_batch_size=1", "training.gradient_accumulation_steps=32") in settings
+    assert ("training.gradient_checkpointing=true",) in settings
+    changed = load_config(None, [*found.chosen.change.settings], env={})  # they can be written as they are
+    assert changed.training.per_device_batch_size * changed.training.gradient_accumulation_steps == 32
+    assert found.to_dict()["chosen"]["fits"] is False
+    assert math.isfinite(found.flops)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "device", "error", "message"),
+    [
+        ([], "H1000", ConfigError, "Did you mean H100"),
+        ([], "", ConfigError, "data.train is empty"),
+        (["data.train=nowhere.jsonl"], None, DataError, "nowhere.jsonl"),
+    ],
+)
+def test_mistakes(tmp_path: Path, overrides: list[str], device: str | None, error: type[Exception], message: str) -> None:
+    cfg = recipe(tmp_path, *overrides)
+    if device == "":
+        device, cfg.data.train = None, []
+    with pytest.raises(error, match=message):
+        plan(cfg, device=device)
