@@ -2,13 +2,21 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
+import psutil
 import pytest
+import shard_worker
+import torch
+import torch.distributed.checkpoint as dcp
 from rich.console import Console
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from llmbot.core.config_io import load_config, save_config
 from llmbot.training.launch import run_directory
@@ -54,8 +62,9 @@ def recipe(home: Path, chats: Path, **changes: object) -> Path:
     return home / "recipe.yaml"
 
 
-def start(path: Path, *options: str, cwd: Path | None = None, **environment: str) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-m", "llmbot.app.cli", "train", str(path), *options]
+def start(path: Path, *options: str, launcher: Sequence[str] = (), cwd: Path | None = None, **environment: str) -> "subprocess.Popen[str]":
+    "Train in processes of their own; the recipe's name marks them."
+    command = [sys.executable, *(launcher or NPROC), str(path), *options]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, env=os.environ | ALONE | environment, cwd=cwd, **pipes)  # type: ignore[call-overload]
 
@@ -103,22 +112,45 @@ SHAPE: dict[bool, dict[str, object]] = {
 SHARE = {False: {"training.per_device_batch_size": 4}, True: {"training.per_device_batch_size": 2}}
 
 
-@pytest.mark.parametrize(("packing", "strategy"), [(False, "auto"), (True, "ddp"), (False, "fsdp")])
+NPROC = ["-m", "llmbot.app.cli", "train", "--nproc", "2"]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "llmbot.app.cli", "train"]
+FSDP2 = str(ROOT / "deploy" / "accelerate" / "fsdp2.yaml")
+ACCELERATE = ["-m", "accelerate.commands.launch", "--config_file", FSDP2, "--num_processes", "2", "-m", "llmbot.app.cli", "train"]
+
+
+@pytest.mark.parametrize(
+    ("packing", "strategy", "launcher"),
+    [(False, "auto", NPROC), (True, "ddp", TORCHRUN), (False, "auto", ACCELERATE)],
+    ids=["nproc", "torchrun", "accelerate-fsdp2"],
+)
 def test_two_processes_learn_what_one_does(
-    tmp_path: Path, chats: Path, one: dict[bool, Path], packing: bool, strategy: str
+    tmp_path: Path, chats: Path, one: dict[bool, Path], packing: bool, strategy: str, launcher: list[str]
 ) -> None:
     "The same global batch, over epochs that end in the middle of one: the same losses, held-out losses and weights, within rounding."
     home = tmp_path / "two"
     path = recipe(home, chats, **SHAPE[packing] | SHARE[packing] | {"training.strategy": strategy})
-    out, err = finished(start(path, "--nproc", "2"))
-    expected, got = curve(one[packing]), curve(home)
-    assert len(got["loss"]) == len(expected["loss"]) >= 8
-    for name, values in expected.items():
-        assert got[name] == pytest.approx(values, abs=2e-5), name
+    out, err = finished(start(path, launcher=launcher))
+    assert len(curve(home)["loss"]) >= 8
+    assert curve(home) == {name: pytest.approx(values, abs=2e-5) for name, values in curve(one[packing]).items()}
     assert largest_difference(one[packing], home) < 2e-5
     assert out.count("is trained") == 1, "one process speaks"
     assert err.count("step 1/") == 1
-    assert json.loads((run_directory(home / "bot") / "run.json").read_text())["processes"] == 2
+    (events,) = (run_directory(home / "bot") / "tensorboard").rglob("events.*")
+    logged = [event.step for event in EventAccumulator(str(events), size_guidance={"scalars": 0}).Reload().Scalars("train/loss")]
+    assert logged == list(range(1, len(curve(home)["loss"]) + 1)), "one process logs, each step once"
+    if launcher is ACCELERATE:
+        the_shards_are_the_bots_weights(home)
+
+
+def the_shards_are_the_bots_weights(home: Path) -> None:
+    "The last FSDP2 checkpoint of a run of two processes, read here in one, holds the weights of the bot."
+    (parts,) = (run_directory(home / "bot") / "checkpoints").glob("checkpoint-12/pytorch_model_fsdp_0")
+    assert len(list(parts.glob("*.distcp"))) == 2
+    bot = load_file(home / "bot" / "model.safetensors")
+    whole = {"model": {name: torch.empty_like(tensor) for name, tensor in bot.items()}}
+    dcp.load(whole, checkpoint_id=parts, no_dist=True)
+    for name, tensor in bot.items():
+        assert torch.equal(whole["model"][name], tensor)
 
 
 def test_the_comparison_can_fail(tmp_path: Path, chats: Path, one: dict[bool, Path]) -> None:
@@ -126,3 +158,89 @@ def test_the_comparison_can_fail(tmp_path: Path, chats: Path, one: dict[bool, Pa
     train(load_config(recipe(tmp_path / "other", chats, **SHAPE[False], **{"training.seed": 7}), env={}), console=QUIET)
     assert curve(tmp_path / "other")["loss"] != pytest.approx(curve(one[False])["loss"], abs=1e-3)
     assert largest_difference(one[False], tmp_path / "other") > 1e-3
+
+
+FAULTY = '''
+import os, signal
+from transformers import TrainerCallback
+from llmbot.core.errors import DataError
+from llmbot.training.sft_trainer import SFT
+
+
+class Fault(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 7 and os.environ["RANK"] == "1":
+            if os.environ.get("FAULT") == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if os.environ.get("FAULT") == "raise":
+                raise DataError("a row of the second shard is broken")
+
+
+class Faulty(SFT):
+    name = "faulty"
+
+    def build(self, run):
+        trainer = super().build(run)
+        trainer.add_callback(Fault())
+        return trainer
+'''
+
+
+def left_over(path: Path) -> list[int]:
+    "Processes that still work on a recipe."
+    return [p.pid for p in psutil.process_iter(["cmdline"]) if str(path) in (p.info["cmdline"] or [])]
+
+
+@pytest.mark.parametrize(
+    ("fault", "strategy", "code", "message"),
+    [
+        ("kill", "ddp", 5, "Rank 1 of 2 was killed (SIGKILL"),
+        ("raise", "fsdp", 3, "Rank 1 of 2 failed: a row of the second shard is broken"),
+    ],
+)
+def test_a_dead_rank_ends_the_run_and_the_run_goes_on(
+    tmp_path: Path, chats: Path, one: dict[bool, Path], fault: str, strategy: str, code: int, message: str
+) -> None:
+    "One message, no process left; resumed, the run ends as one that nothing happened to."
+    home = tmp_path / "two"
+    changes = {"training.method": "faulty:Faulty", "training.strategy": strategy, "training.save_steps": 5}
+    path = recipe(home, chats, **SHAPE[False] | SHARE[False] | changes)
+    (home / "faulty.py").write_text(FAULTY)
+    _, err = finished(start(path, cwd=home, FAULT=fault), code)
+    assert (err.count(message), err.count("error:"), err.count("Traceback")) == (1, 1, 0), err
+    assert "with the same command and --resume" in err
+    assert not left_over(path)
+    assert not (home / "bot").exists()
+    finished(start(path, "--resume", cwd=home))
+    assert curve(home) == {name: pytest.approx(values, abs=2e-5) for name, values in curve(one[False]).items()}
+    assert largest_difference(one[False], home) < 2e-5
+
+
+def test_interrupted_run_stops_in_every_process(tmp_path: Path, chats: Path) -> None:
+    "Ctrl-C reaches the launcher alone, as in a terminal where its processes have sessions of their own."
+    path = recipe(tmp_path / "two", chats, **{"training.max_steps": 100_000, "training.save_steps": 2, "training.per_device_batch_size": 1})
+    process = start(path)
+    checkpoints = run_directory(tmp_path / "two" / "bot") / "checkpoints"
+    deadline = time.monotonic() + 120
+    while not list(checkpoints.glob("checkpoint-*")) and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, err = finished(process, 130)
+    assert err.count("--resume") == 1, err
+    assert "Traceback" not in err
+    assert not left_over(path)
+    assert not (tmp_path / "two" / "bot").exists()
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_sharded_checkpoint_reloads_elsewhere(tmp_path: Path) -> None:
+    "Saved by two processes under `fully_shard`, it loads in one and in two, and the next step is the same in both."
+    torch.multiprocessing.spawn(shard_worker.work, args=(2, tmp_path), nprocs=2)
+    shard_worker.work(0, 1, tmp_path)
+    saved, one, two = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("saved", "loaded-1", "loaded-2"))
+    whole = {"model": {name: torch.empty_like(tensor) for name, tensor in saved.items()}}
+    dcp.load(whole, checkpoint_id=tmp_path / "parts", no_dist=True)  # here, without any process group
+    for name in saved:
+        assert torch.equal(whole["model"][name], saved[name])
+        assert not torch.equal(one[name], saved[name]), "a step was taken"
+        torch.testing.assert_close(one[name], two[name])

@@ -7,7 +7,7 @@ __all__ = ['GRACE', 'WRAPPERS', 'run_directory', 'free_port', 'rank_environment'
            'failure', 'Crew', 'passing_signals', 'watch', 'launch', 'found_strategy', 'check_processes',
            'check_wrapping', 'wrapping_check', 'check_world_size', 'shared_directory']
 
-# %% ../../nbs/training/54_launch.ipynb #4ab6ee92
+# %% ../../nbs/training/54_launch.ipynb #42fc9668
 import contextlib
 import json
 import os
@@ -20,7 +20,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -32,7 +32,7 @@ from ..core.processes import QUIET_FAILURES, launched_processes, world_size
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerCallback
 
-# %% ../../nbs/training/54_launch.ipynb #50a8285f
+# %% ../../nbs/training/54_launch.ipynb #e4ebea29
 def run_directory(
     output_dir: str | Path,  # the bot's directory
 ) -> Path:  # the run's directory beside it
@@ -61,7 +61,7 @@ def rank_environment(
     defaults = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads)}
     return {name: str(value) for name, value in (ranks | meeting | defaults).items()}
 
-# %% ../../nbs/training/54_launch.ipynb #5b876190
+# %% ../../nbs/training/54_launch.ipynb #d56db7d4
 @dataclass
 class Ended:
     "A process that ended badly."
@@ -90,7 +90,7 @@ def first_cause(
     killed = [e for e in causes if not e.record and e.code < 0]
     return min(killed or causes or list(ended), key=lambda e: e.record.get("time", 0.0))
 
-# %% ../../nbs/training/54_launch.ipynb #763b39bd
+# %% ../../nbs/training/54_launch.ipynb #feae3e86
 class ProcessesFailed(TrainingError):
     "A run of several processes that one of them ended; `exit_code` is that process's."
 
@@ -125,7 +125,7 @@ def failure(
         text += f"\nWhat rank {cause.number} printed: {log}"
     return ProcessesFailed(text, code, trace)
 
-# %% ../../nbs/training/54_launch.ipynb #0e166ba9
+# %% ../../nbs/training/54_launch.ipynb #a7f59bf8
 GRACE = 5.0  # seconds in which the other processes may end by themselves after a failure
 
 
@@ -170,7 +170,7 @@ class Crew:
         except (OSError, ValueError):
             return Ended(number, code)
 
-# %% ../../nbs/training/54_launch.ipynb #4f015a0e
+# %% ../../nbs/training/54_launch.ipynb #640bb4ed
 @contextlib.contextmanager
 def passing_signals(
     crew: Crew,  # who gets them
@@ -191,7 +191,7 @@ def passing_signals(
         for number, handler in before.items():
             signal.signal(number, handler)
 
-# %% ../../nbs/training/54_launch.ipynb #cfe445ab
+# %% ../../nbs/training/54_launch.ipynb #8f871013
 def watch(
     crew: Crew,  # running
 ) -> list[Ended]:  # the processes that ended badly, in that order
@@ -213,11 +213,12 @@ def watch(
                 deadline = time.monotonic() + GRACE
     return bad
 
-
+# %% ../../nbs/training/54_launch.ipynb #1abc6bd7
 def launch(
     arguments: Sequence[str],  # of the `llmbot` command, such as ["train", "recipe.yaml"]
     nproc: int,  # processes, all on this machine
     run_dir: Path,  # the run's directory
+    say: Callable[[str], None] = lambda text: print(text, file=sys.stderr),  # tells a person that the run was stopped
 ) -> int:  # exit code: 0, or 128 + the signal that ended the run
     "Run an `llmbot` command in several processes. Raises `ConfigError`, and `ProcessesFailed` with the first cause."
     if launched_processes() > 1:
@@ -231,10 +232,14 @@ def launch(
         crew.signal(signal.SIGKILL)  # nothing is left behind, whatever happened here
     if not bad or crew.stopped_by:
         shutil.rmtree(logs, ignore_errors=True)
-        return 128 + crew.stopped_by if bad else 0
+        if not bad:
+            return 0
+        if not any(e.number == 0 and e.code in (130, 143) for e in bad):  # rank 0 had no time to say it
+            say("Stopped. Go on from the last checkpoint with the same command and --resume.")
+        return 128 + crew.stopped_by
     raise failure(bad, nproc, run_dir, logs)
 
-# %% ../../nbs/training/54_launch.ipynb #25caf835
+# %% ../../nbs/training/54_launch.ipynb #2536de4a
 WRAPPERS = {"ddp": "DistributedDataParallel", "fsdp": "FSDPModule", "zero2": "DeepSpeedEngine", "zero3": "DeepSpeedEngine"}
 
 
@@ -264,7 +269,7 @@ def check_processes(
         raise TrainingError(f"The strategy asked for is '{strategy}', and Accelerate made it '{found}'. Set training.strategy to "
                             f"'{found}', use a method that supports '{strategy}', or look at the launcher's settings.")
 
-# %% ../../nbs/training/54_launch.ipynb #8bf6a43d
+# %% ../../nbs/training/54_launch.ipynb #21f15f91
 def check_wrapping(
     trainer: "Trainer",  # as training begins
     strategy: str,  # what was asked for
@@ -289,7 +294,7 @@ def wrapping_check(
 
     return WrappingCheck()
 
-# %% ../../nbs/training/54_launch.ipynb #7fe0213c
+# %% ../../nbs/training/54_launch.ipynb #5c3e9812
 def check_world_size(
     then: int,  # processes with which the run began
     run_dir: Path,  # the run's directory
