@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 # %% ../../nbs/app/90_cli.ipynb #d31f044d
 app = typer.Typer(name="llmbot", no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich",
                   help="From raw data to a chatbot that you trained, own and serve.",
-                  epilog="Exit codes: 2 configuration, 3 data, 4 bot, 5 training, 6 serving, 130 stopped by Ctrl-C.")
+                  epilog="Exit codes: 2 configuration, 3 data, 4 bot, 5 training, 6 serving, 130 stopped by Ctrl-C, 143 by SIGTERM.")
 data_app = typer.Typer(name="data", help="Look at your data before you train.", no_args_is_help=True)
 app.add_typer(cli_training.app)
 app.add_typer(cli_bots.app)

@@ -28,15 +28,15 @@ Processes = Annotated[int, typer.Option("--nproc", min=1, help="Processes on thi
 
 @contextlib.contextmanager
 def resumable() -> Iterator[None]:
-    "Ctrl-C ends the command with exit code 130, and says how to go on."
+    "Ctrl-C ends the command with exit code 130, and says how to go on; SIGTERM leaves by itself, with 143."
     try:
         yield
-    except KeyboardInterrupt:
-        if is_main():
+    except KeyboardInterrupt as stop:
+        if is_main() and not stop.args:  # a run that could save has said so already
             say("\nStopped. Go on from the last checkpoint with the same command and --resume.", "yellow", terminal(sys.stderr))
         raise typer.Exit(130) from None
 
-
+# %% ../../nbs/app/87_cli_training.ipynb #5aba478a
 @app.command()
 def quickstart(
     directory: Annotated[Path | None, typer.Option("--dir", help="A new directory.", show_default="./quickstart")] = None,

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['MANIFEST', 'CARD', 'SCHEMA_VERSION', 'ADAPTER_CONFIG', 'ADAPTER_WEIGHTS', 'PICKLE_SUFFIXES', 'Manifest',
            'package_versions', 'hardware_info', 'file_digest', 'hash_files', 'bot_digest', 'is_adapter', 'is_bot',
-           'storage_error', 'check_destination', 'bot_writer', 'write_manifest', 'read_manifest', 'model_card',
-           'verify_bot', 'Reference', 'bots_directory', 'list_bots', 'resolve_reference', 'check_bot_files']
+           'storage_error', 'check_destination', 'flush_to_disk', 'bot_writer', 'write_manifest', 'read_manifest',
+           'model_card', 'verify_bot', 'Reference', 'bots_directory', 'list_bots', 'resolve_reference',
+           'check_bot_files']
 
 # %% ../../nbs/core/06_bot.ipynb #47f27738
 import hashlib
@@ -152,9 +153,12 @@ def check_destination(
         raise storage_error(exc, path) from exc
 
 # %% ../../nbs/core/06_bot.ipynb #07a17882
-def _flush(root: Path) -> None:
+def flush_to_disk(
+    root: Path,  # a directory
+    files: bool = True,  # what is in it too, not its own entries alone
+) -> None:
     "Make the files of `root`, and their names, survive a power cut."
-    for path in [*root.rglob("*"), root]:
+    for path in [*(root.rglob("*") if files else []), root]:
         fd = os.open(path, os.O_RDONLY)
         try:
             os.fsync(fd)
@@ -197,7 +201,7 @@ def bot_writer(
     try:
         tmp.chmod(0o777 & ~_umask())
         yield tmp
-        _flush(tmp)
+        flush_to_disk(tmp)
         _swap_in(tmp, dest)
     except OSError as exc:
         raise storage_error(exc, dest) from exc

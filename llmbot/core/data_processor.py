@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['BATCH_ROWS', 'SAMPLE_TOKENS', 'PREVIEW_ROWS', 'BUFFER', 'Books', 'documents_of', 'split_documents', 'answers_of',
-           'stats_of', 'sample_of', 'more_of', 'cache_root', 'fingerprint_of', 'stream_data', 'prepare_data']
+           'stats_of', 'sample_of', 'more_of', 'cache_root', 'ends_digest', 'fingerprint_of', 'stream_data',
+           'prepare_data']
 
 # %% ../../nbs/core/17_data_processor.ipynb #a853bfac
 import dataclasses
 import hashlib
 import itertools
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -228,6 +230,17 @@ def cache_root(config: DataConfig) -> Path:
     return Path(config.cache_dir).expanduser() if config.cache_dir else Path(platformdirs.user_cache_dir("llmbot")) / "data"
 
 
+def ends_digest(
+    file: BinaryIO,  # open for reading
+) -> str:  # 64 hexadecimal digits
+    "A digest of a file's size and its first and last MiB: all that one wants to read of a stream's files to see that they are the same."
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    first = file.read(2**20)
+    file.seek(max(0, size - 2**20))
+    return _sha256(str(size).encode(), first, file.read())
+
+
 def fingerprint_of(
     config: DataConfig,
     chat: ChatFormat,
@@ -240,7 +253,7 @@ def fingerprint_of(
             digests.append(name)
             continue
         with open(name, "rb") as file:
-            digests.append(f"{name}:{hashlib.file_digest(file, 'sha256').hexdigest()}")
+            digests.append(f"{name}:{ends_digest(file) if config.streaming else hashlib.file_digest(file, 'sha256').hexdigest()}")
     fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in ("cache_dir", "streaming")}
     files = [Path(str(module.__file__)) for module in (llmbot, *_CODE)]
     code = _sha256(*(file.read_bytes() for file in [*files, files[-1].with_name("data_processor.py")]))
@@ -363,9 +376,9 @@ def prepare_data(
     settings = {"kind": kind, "max_seq_length": max_seq_length, "packing": packing, "seed": seed}
     told = ("train_on", "on_overlong", "validation_split", "order")
     shown: dict[str, Any] = settings | {name: getattr(config, name) for name in told}
-    if config.streaming:
-        return stream_data(config, chat, kind, max_seq_length, packing, seed, shown)
     fingerprint = fingerprint_of(config, chat, settings)
+    if config.streaming:
+        return dataclasses.replace(stream_data(config, chat, kind, max_seq_length, packing, seed, shown), fingerprint=fingerprint)
     entry = cache_root(config) / fingerprint
     cacheable = not any(name.startswith("hf:") for name in [*config.train, *config.validation])
     if cacheable and (found := load_entry(entry)):

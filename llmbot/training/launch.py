@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GRACE', 'WRAPPERS', 'run_directory', 'free_port', 'rank_environment', 'Ended', 'first_cause', 'ProcessesFailed',
            'failure', 'Crew', 'passing_signals', 'watch', 'launch', 'found_strategy', 'check_processes',
-           'check_wrapping', 'wrapping_check', 'check_world_size', 'shared_directory']
+           'check_wrapping', 'wrapping_check', 'shared_directory']
 
 # %% ../../nbs/training/54_launch.ipynb #42fc9668
 import contextlib
@@ -295,17 +295,6 @@ def wrapping_check(
     return WrappingCheck()
 
 # %% ../../nbs/training/54_launch.ipynb #5c3e9812
-def check_world_size(
-    then: int,  # processes with which the run began
-    run_dir: Path,  # the run's directory
-) -> None:
-    "Raise `TrainingError` when a run is resumed with another number of processes."
-    if then != (now := world_size()):
-        way = f"with --nproc {then}" if then > 1 else "without --nproc"
-        raise TrainingError(f"The run in {run_dir} began with {then} process{'es' * (then > 1)}, and there {'is' if now == 1 else 'are'} "
-                            f"{now} now: a step would have another size. Resume it {way}, or start anew in another directory.")
-
-
 def shared_directory(
     run_dir: Path,  # made by rank 0
 ) -> Path:  # the same
