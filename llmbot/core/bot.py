@@ -142,7 +142,8 @@ def check_destination(
     if path.is_file():
         raise BotError(f"Cannot write {dest}: it is a file. Choose another output directory.")
     if path.is_dir() and any(path.iterdir()) and not overwrite:
-        raise BotError(f"{dest} exists already. Choose another output directory, or set training.overwrite=true to replace it.")
+        raise BotError(f"{dest} exists already. Choose another output directory, or allow to replace it: training.overwrite=true "
+                       "in a recipe, --overwrite for 'llmbot models merge'.")
     if path.is_dir() and any(path.iterdir()) and not is_bot(path):
         raise BotError(f"{dest} is not a bot, so it will not be overwritten. Choose another output directory.")
     try:

@@ -277,7 +277,7 @@ def evaluate_bot(
     metrics: Sequence[str] = ("exact_match", "perplexity"),  # of `text_metrics()`, or loss, perplexity, bits_per_byte
     *,
     config: DataConfig | None = None,  # how rows are read; None: recognised, bad ones left out and counted
-    model: ModelConfig | None = None,  # device and dtype
+    model: ModelConfig | None = None,  # device, dtype and quantization
     backend: str = "torch",  # the engine that answers
     group_by: str | None = None,  # a column, such as "skill": figures for each of its values
     max_rows: int | None = None,  # the first so many usable rows
@@ -291,7 +291,8 @@ def evaluate_bot(
     compare, surprise = check_metrics(metrics, backend)
     model, config = model or ModelConfig(), config or DataConfig()
     files = [str(item) for item in ([data] if isinstance(data, str | Path) else data)]
-    bot = load_bot(ref, device=model.device, dtype=model.dtype, attn_implementation=model.attn_implementation, revision=model.revision)
+    bot = load_bot(ref, device=model.device, dtype=model.dtype, attn_implementation=model.attn_implementation,
+                   revision=model.revision, quantization=model.quantization)
     reading = Reading(bot.chat, context_length(bot.config), config, compare, surprise)
     questions, dropped = read_questions(files, reading, group_by, max_rows)
     limit = max_new_tokens or min(max(q.reference_tokens for q in questions) + 8, 1024)

@@ -221,10 +221,11 @@ class TorchBackend:
         self,
         bot_ref: str,  # the bot to run
         serving: ServingConfig,
-        model: ModelConfig,  # device, dtype, attn_implementation and revision are used
+        model: ModelConfig,  # device, dtype, attn_implementation, revision and quantization are used
     ) -> None:
         attention, revision = model.attn_implementation, model.revision
-        self._bot = load_bot(bot_ref, device=model.device, dtype=model.dtype, attn_implementation=attention, revision=revision)
+        self._bot = load_bot(bot_ref, device=model.device, dtype=model.dtype, attn_implementation=attention, revision=revision,
+                             quantization=model.quantization)
         self._worker: Worker | None = None
 
     @property
