@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import SecretStr
 
-from llmbot.core.config import Config, ServingConfig, TrainingConfig, check_config
+from llmbot.core.config import Config, ServingConfig, TrainingConfig, check_config, method_settings
 from llmbot.core.config import settings as all_settings
 from llmbot.core.config_io import (
     RECIPES,
@@ -389,12 +389,14 @@ def test_recipes_load_again(method: str, full: bool, tmp_path: Path) -> None:
     assert cfg.training.method == method
     if full:  # with every comment of a setting taken away it says the defaults, and still has no fault but contradictions
         lines = [line.replace("# ", "", 1) if line.startswith("  # ") and ": " in line and
-                 line.split(":")[0].removeprefix("  # ") in {k.split(".")[1] for k in all_settings()} else line
+                 line.split(":")[0].removeprefix("  # ") in {k.split(".")[1] for k in all_settings(method)} else line
                  for line in text.splitlines()]
         names = {section: set(fields) for section, fields in yaml.safe_load("\n".join(lines)).items()}
-        assert {f"{section}.{name}" for section in names for name in names[section]} == set(all_settings())
+        assert {f"{section}.{name}" for section in names for name in names[section]} == set(all_settings(method))
         (tmp_path / "r.yaml").write_text("\n".join(lines))
-        assert load_config(tmp_path / "r.yaml", env={}) == cfg
+        again = load_config(tmp_path / "r.yaml", env={})
+        assert dataclasses.replace(again, method=cfg.method) == cfg
+        assert (own := method_settings(method)) is None or own(**again.method) == own(**cfg.method)
 
 
 # --- secrets and the disk ----------------------------------------------------------------------------------------------

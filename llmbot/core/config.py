@@ -237,6 +237,7 @@ class MonitoringConfig:
 
 # %% ../../nbs/core/03_config.ipynb #05c14b28
 METHOD_SETTINGS: dict[str, Any] = {"scratch": None, "sft": None, "lora": None}  # name -> class, "module:class", or None for none
+METHOD_SETTINGS |= {"dpo": "llmbot.training.dpo_trainer:DPOSettings"}
 
 
 def method_settings(

@@ -207,6 +207,10 @@ RECIPES: dict[str, dict[str, Any]] = {
     "lora": {"model.base": "bots/my-bot", "training.method": "lora", "training.output_dir": "bots/my-skill",
              "training.num_train_epochs": 3, "training.per_device_batch_size": 8, "lora.rank": 16, "lora.merge": False,
              "data.train": ["data/chats.jsonl"], "data.validation_split": 0.05, "data.max_seq_length": 512},
+    "dpo": {"model.base": "bots/my-bot", "training.method": "dpo", "training.output_dir": "bots/my-better-bot",
+            "training.num_train_epochs": 1, "training.per_device_batch_size": 8, "method.beta": 0.1, "method.loss": "sigmoid",
+            "method.sft_weight": 0.2, "method.adapter": False, "method.reference": "precomputed", "data.train": ["data/pairs.jsonl"],
+            "data.validation_split": 0.1, "data.max_seq_length": 512},
 }
 
 

@@ -97,7 +97,7 @@ def compared_rows(
     held_out = bool(run.data.validation)
     rows: list[Sequence[int]] = []
     for row in run.data.validation or run.data.train:
-        rows.append(row["input_ids"])
+        rows.append(row["input_ids"] if "input_ids" in row else [*row["prompt_ids"], *row.get("chosen_ids", row.get("completion_ids", []))])
         if len(rows) == 16 or sum(map(len, rows)) >= COMPARED:
             break
     return rows, f"{len(rows)} {'held-out' if held_out else 'training'} row{'s' if len(rows) > 1 else ''}"

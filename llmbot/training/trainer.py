@@ -38,7 +38,8 @@ from .checkpoints import check_resume, keep_json, resume_point, run_record
 from .control import ControlCallback, TrainingControl, train_under_control
 from .launch import check_processes, run_directory, shared_directory, wrapping_check
 from .lora_trainer import write_bot
-from .methods import SHARDED, TrainingMethod, TrainingRun, asked_strategy, check_strategy, get_method, settings_for
+from .methods import SHARDED, TrainingMethod, TrainingRun, asked_strategy, check_strategy, get_method
+from .methods import resolve_rate, settings_for
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
@@ -195,8 +196,7 @@ def prepare_run(
     model = make_model(cfg, tokenizer, method.data_kind, device)
     if not resume and is_main():
         keep_json(run_dir / "run.json", record)
-    rate = cfg.training.learning_rate or method.learning_rate(model.config, is_new=cfg.model.base is None)
-    cfg = replace(cfg, training=replace(cfg.training, learning_rate=rate))
+    cfg = replace(cfg, training=replace(cfg.training, learning_rate=resolve_rate(cfg, method, model)))
     tracker, callbacks = make_callbacks(cfg, chat, method.data_kind != "text", run_dir, console)
     return TrainingRun(cfg, model, tokenizer, chat, data, tracker, callbacks, run_dir, device, settings_for(cfg))
 

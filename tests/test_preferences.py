@@ -1,0 +1,259 @@
+"""Preferences: the data kinds, DPO against TRL and closed forms, the reference's cache, collapse, and mistakes told in time."""
+
+import copy
+import io
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from llmbot.core.config import Config
+from llmbot.core.config_io import load_config
+from llmbot.monitoring.experiment_tracker import TrackerGroup
+from llmbot.training.methods import get_method
+from llmbot.training.preference_trainer import pair_metrics
+from llmbot.training.trainer import prepare_run, train
+
+QUIET = Console(quiet=True)
+
+
+def sums() -> list[dict[str, str]]:
+    "Pairs of answers to sums: terse is better than talkative."
+    return [{"prompt": f"What is {i} + {j}?", "chosen": f"{i + j}", "rejected": f"Well, I think it is {i + j}."}
+            for i in range(12) for j in range(8)]  # fmt: skip
+
+
+def write(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return path
+
+
+def recipe(tmp: Path, rows: list[Any] | None = None, **changes: object) -> Config:
+    settings = {
+        "model.preset": "qwen3-0.2m",
+        "model.vocab_size": 300,
+        "training.method": "dpo",
+        "training.output_dir": tmp / "bot",
+        "training.max_steps": 6,
+        "training.precision": "fp32",
+        "training.learning_rate": 1e-3,
+        "training.logging_steps": 2,
+        "data.train": f"[{write(tmp / 'pairs.jsonl', sums() if rows is None else rows)}]",
+        "data.validation_split": 0.2,
+        "data.cache_dir": tmp / "cache",
+        "data.max_seq_length": 128,
+        "monitoring.trackers": "[]",
+        **changes,
+    }
+    return load_config(None, overrides=[f"{k}={v}" for k, v in settings.items()], env={})
+
+
+def built(cfg: Config, tmp: Path) -> Any:
+    "The run and its trainer, not yet trained."
+    tmp.mkdir(parents=True, exist_ok=True)
+    method = get_method(cfg.training.method)
+    run = prepare_run(cfg, method, tmp, False, QUIET)
+    return run, method.build(run)
+
+
+def disturb(model: torch.nn.Module, seed: int = 0) -> None:
+    "Move a model away from its reference."
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+
+
+# --- DPO against TRL ---------------------------------------------------------------------------------------------------
+
+
+def trl_trainer(cfg: Config, run: Any, policy: torch.nn.Module, reference: torch.nn.Module, tmp: Path) -> Any:
+    "TRL's DPOTrainer with the same settings on the same conversations."
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+
+    own = run.settings
+    sft = {"loss_type": [own.loss, "sft"], "loss_weights": [1.0, own.sft_weight]} if own.sft_weight else {"loss_type": [own.loss]}
+    rows = [{"prompt": [{"role": "user", "content": r["prompt"]}], **{
+        side: [{"role": "assistant", "content": r[side]}] for side in ("chosen", "rejected")}} for r in sums()]  # fmt: skip
+    args = DPOConfig(output_dir=str(tmp / "trl"), beta=own.beta, label_smoothing=own.label_smoothing, report_to="none", use_cpu=True,
+                     bf16=False, gradient_checkpointing=False, dataloader_pin_memory=False, max_length=None, **sft)  # fmt: skip
+    return DPOTrainer(model=policy, ref_model=reference, args=args, train_dataset=Dataset.from_list(rows), processing_class=run.tokenizer)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"loss": "sigmoid"},
+        {"loss": "ipo", "beta": 0.5},
+        {"loss": "hinge"},
+        {"loss": "robust", "label_smoothing": 0.2},
+        {"loss": "sigmoid", "sft_weight": 0.3},
+    ],
+)
+def test_loss_gradient_and_figures_equal_trls(tmp_path: Path, method: dict[str, object]) -> None:
+    "Same policy, same reference, same pairs: the loss, every gradient, rewards, margins, accuracies and log-probabilities."
+    cfg = recipe(tmp_path, **{"data.validation_split": 0, **{f"method.{k}": v for k, v in method.items()}})
+    run, ours = built(cfg, tmp_path / "run")
+    policy, reference = copy.deepcopy(run.model), copy.deepcopy(run.model)
+    for model in (run.model, policy):
+        disturb(model)
+    trl = trl_trainer(cfg, run, policy, reference, tmp_path)
+    rows = [ours.train_dataset[i] for i in (0, 5, 23, 60, 95)]
+
+    newline = run.tokenizer("\n").input_ids  # behind the stop token in ChatML: TRL learns it too, no backend ever writes it
+    assert [trl.train_dataset[i]["prompt_ids"] for i in (0, 5)] == [r["prompt_ids"] for r in rows[:2]]
+    assert [trl.train_dataset[i]["chosen_ids"] for i in (0, 5)] == [r["chosen_ids"] + newline for r in rows[:2]]
+
+    batch = trl.data_collator([{k: r[k] for k in ("prompt_ids", "chosen_ids", "rejected_ids")} for r in rows])
+    theirs = trl.compute_loss(trl.model.train(), batch)
+    theirs.backward()
+    loss = ours.compute_loss(ours.model.train(), ours.data_collator(rows))
+    loss.backward()
+    assert loss.item() == pytest.approx(theirs.item(), rel=1e-5)
+    expected = dict(policy.named_parameters())
+    for name, parameter in run.model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name].grad, rtol=1e-3, atol=1e-6, msg=name)
+    figures = {name: values[-1] for name, values in trl._metrics["train"].items()}
+    logged = pair_metrics(ours.sums.tolist())
+    for name in ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected"):
+        assert logged[name] == pytest.approx(figures[name], rel=1e-4, abs=1e-5), name
+
+
+def test_policy_that_is_its_reference_has_loss_ln_2(tmp_path: Path) -> None:
+    run, trainer = built(recipe(tmp_path), tmp_path / "run")
+    metrics = trainer.heldout_metrics(run.data.validation)
+    assert metrics["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert metrics["rewards/margins"] == pytest.approx(0, abs=1e-5)
+    assert metrics["logps/chosen_change"] == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.parametrize("reference", ["precomputed", "frozen"])
+def test_every_reference_gives_the_same_losses(tmp_path: Path, reference: str) -> None:
+    "A reference that is computed before, and one that stands beside the policy; held against a bare loop."
+    cfg = recipe(tmp_path, **{"method.reference": reference, "data.validation_split": 0, "training.logging_steps": 1})
+    run, trainer = built(cfg, tmp_path / "bare")
+    policy, frozen = copy.deepcopy(run.model), copy.deepcopy(run.model)
+    losses, optimizer = [], torch.optim.AdamW(policy.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0)
+
+    def logps(model: torch.nn.Module, prompt: list[int], answer: list[int]) -> torch.Tensor:
+        logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+        return logits.log_softmax(-1)[torch.arange(len(answer)), torch.tensor(answer)].sum()
+
+    trainer.create_optimizer_and_scheduler(6)
+    for batch in list(trainer.get_train_dataloader())[:6]:
+        rate = trainer.lr_scheduler.get_last_lr()[0]
+        optimizer.param_groups[0]["lr"] = rate
+        ratios = [[logps(policy, *side) - logps(frozen, *side).detach() for side in pair] for pair in split_pairs(batch)]
+        delta = torch.stack([chosen - rejected for chosen, rejected in ratios])
+        loss = -torch.nn.functional.logsigmoid(0.1 * delta).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        trainer.optimizer.step()  # without gradients: moves nothing, and lets the schedule go on
+        trainer.lr_scheduler.step()
+        losses.append(loss.item())
+    result = train(cfg, console=QUIET)
+    assert [e["loss"] for e in result.history if "loss" in e] == pytest.approx(losses, abs=1e-4)
+
+
+def split_pairs(batch: dict[str, torch.Tensor]) -> list[tuple[tuple[list[int], list[int]], ...]]:
+    "Prompt and answer of both sides of each pair, out of the labels."
+    sides = []
+    for ids, labels in zip(batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True):
+        start = next(i for i, label in enumerate(labels) if label >= 0)
+        sides.append((ids[:start], [label for label in labels if label >= 0]))
+    return list(zip(sides[0::2], sides[1::2], strict=True))
+
+
+def test_accumulation_and_batches_change_nothing(tmp_path: Path) -> None:
+    "1 x 8 and 4 x 2 pairs give one gradient, SFT term included; held-out figures do not depend on the batch size."
+    grads, figures = [], []
+    for micro in (8, 2):
+        changes = {"method.sft_weight": 0.5, "training.per_device_batch_size": micro, "training.gradient_accumulation_steps": 8 // micro}
+        run, trainer = built(recipe(tmp_path, **changes), tmp_path / f"run{micro}")
+        disturb(run.model)
+        rows = [run.data.train[i] for i in range(8)]
+        batches = [trainer.data_collator(rows[i : i + micro]) for i in range(0, 8, micro)]
+        items = trainer._get_num_items_in_batch(batches, torch.device("cpu"))
+        for batch in batches:
+            trainer.compute_loss(run.model.train(), batch, num_items_in_batch=items).backward()
+        grads.append(torch.cat([p.grad.flatten() for p in run.model.parameters() if p.grad is not None]))
+        figures.append(trainer.heldout_metrics(run.data.validation))
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-4, atol=1e-6)
+    assert figures[0] == pytest.approx(figures[1], rel=1e-4, abs=1e-5)
+
+
+# --- training ----------------------------------------------------------------------------------------------------------
+
+
+def test_held_out_accuracy_rises(tmp_path: Path) -> None:
+    "What was learned from some questions holds for others: the margin opens, and the talkative answer loses."
+    result = train(recipe(tmp_path, **{"training.max_steps": 16, "training.eval_steps": 8}), console=QUIET)
+    before, after = (
+        {k.removeprefix("validation_").removesuffix(end): v for k, v in result.metrics.items() if k.endswith("_before") == bool(end)}
+        for end in ("_before", "")
+    )
+    assert before["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert after["loss"] < 0.2
+    assert after["rewards/accuracies"] > 0.95
+    assert after["rewards/margins"] > 1 > 0.01 > abs(before["rewards/margins"])
+    assert any("eval_rewards/margins" in entry for entry in result.history)
+    assert {"rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected"} <= result.history[0].keys()
+
+
+def test_a_second_run_computes_no_reference(tmp_path: Path) -> None:
+    "The reference is found under the data and the weights; a damaged entry, other weights and other data are computed anew."
+    cfg = recipe(tmp_path)
+    computed = [built(cfg, tmp_path / "first")[1].reference_computed, built(cfg, tmp_path / "second")[1].reference_computed]
+    assert computed == [96, 0]
+    entries = sorted((tmp_path / "cache" / "reference").iterdir())
+    assert len(entries) == 2, "one for training rows, one for held-out rows"
+    largest = max(entries, key=lambda p: p.stat().st_size)
+    whole = largest.read_bytes()
+    largest.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    run, trainer = built(cfg, tmp_path / "third")
+    assert trainer.reference_computed == len(run.data.train)
+    assert largest.read_bytes() == whole
+    largest.write_bytes(whole[:20])
+    assert built(cfg, tmp_path / "fourth")[1].reference_computed == len(run.data.train)
+    assert built(recipe(tmp_path, **{"training.seed": 7}), tmp_path / "fifth")[1].reference_computed == 96, "other weights"
+    run, trainer = built(recipe(tmp_path, [*sums(), {"prompt": "Hi", "chosen": "a", "rejected": "b"}]), tmp_path / "sixth")
+    assert trainer.reference_computed == len(run.data.train), "other training rows, the same held-out ones"
+
+
+@pytest.fixture(scope="module")
+def parent(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    "A bot that answers sums, tersely and talkatively."
+    tmp = tmp_path_factory.mktemp("parent")
+    chats = [{"prompt": r["prompt"], "completion": r[side]} for r in sums() for side in ("chosen", "rejected")]
+    changes = {"training.method": "sft", "training.max_steps": 80, "training.learning_rate": 3e-3, "data.validation_split": 0}
+    return train(recipe(tmp, chats, **changes), console=QUIET).bot
+
+
+def from_parent(parent: Path) -> dict[str, object]:
+    return {"model.preset": "null", "model.vocab_size": 4096, "model.base": parent}
+
+
+@pytest.mark.parametrize(("sft_weight", "warns"), [(0.0, True), (0.2, False)])
+def test_collapse_is_told_once_and_the_sft_term_cures_it(
+    tmp_path: Path, parent: Path, sft_weight: float, warns: bool, monkeypatch: Any
+) -> None:
+    "A high rate without an SFT term: the chosen answers fall while the margin grows. With the term the margin grows, and they rise."
+    told: list[tuple[str, str, int]] = []
+    monkeypatch.setattr(TrackerGroup, "log_text", lambda self, name, text, step: told.append((name, text, step)))
+    console = Console(record=True, width=400, file=io.StringIO())
+    changes = {"training.max_steps": 24, "training.learning_rate": 1e-3, "training.eval_steps": 8, "method.sft_weight": sft_weight}
+    result = train(recipe(tmp_path, **from_parent(parent), **changes), console=console)
+    warnings = [text for name, text, _ in told if name == "warning"]
+    assert len(warnings) == warns
+    assert ("fall while the margin grows" in console.export_text()) == warns
+    assert result.metrics["validation_rewards/margins"] > 1
+    assert (result.metrics["validation_logps/chosen_change"] < -0.5) == warns
+    if warns:
+        assert "sft_weight" in warnings[0]
