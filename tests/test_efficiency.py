@@ -9,14 +9,16 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from llmbot.core.config import Config
 from llmbot.core.config_io import load_config
 from llmbot.core.errors import ConfigError
-from llmbot.training.bot_trainer import BotTrainer
+from llmbot.core.losses import chunk_loss
+from llmbot.core.packing import Collator
+from llmbot.training.bot_trainer import BotTrainer, Pace
 from llmbot.training.checkpoints import latest_checkpoint
-from llmbot.training.methods import get_method
+from llmbot.training.methods import get_method, register_method, training_arguments
 from llmbot.training.trainer import TrainingResult, prepare_run, run_directory, train
 
 QUIET = Console(quiet=True)
@@ -228,3 +230,168 @@ def test_waiting_for_data_is_measured(tmp_path: Path) -> None:
         assert all(0 <= share <= 1 for share in logged)
     assert shares[1] > shares[0]
     assert "data_wait_share" in TrainingResult.__dataclass_fields__
+
+
+def test_precision_survives_an_evaluation(tmp_path: Path) -> None:
+    "An evaluation on the way must not take the bf16 arithmetic away from the steps after it."
+    trainer = make_trainer(recipe(tmp_path, **EVALUATED, **{"training.precision": "bf16", "training.max_steps": 4}), tmp_path / "run")
+    seen: list[tuple[bool, torch.dtype]] = []
+    layer = trainer.model.model.layers[0].mlp.down_proj
+    layer.register_forward_hook(lambda module, inputs, output: seen.append((trainer.model.training, output.dtype)))
+    trainer.train()
+    assert sum(training for training, _ in seen) == 4
+    assert {dtype for _, dtype in seen} == {torch.bfloat16}
+
+
+def gradients(trainer: BotTrainer, features: list[dict[str, Any]], micro: int) -> Weights:
+    "Gradients of one optimizer step over `features`, in micro-batches of `micro` rows, by the trainer's own code."
+    batches = [trainer.data_collator(features[at : at + micro]) for at in range(0, len(features), micro)]
+    trainer.current_gradient_accumulation_steps = len(batches)
+    samples, items = trainer.get_batch_samples(iter(batches), len(batches), trainer.args.device)
+    trainer.model.zero_grad()
+    for inputs in samples:
+        trainer.training_step(trainer.model, inputs, items)
+    return {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("fused", ["none", "chunked"])
+@pytest.mark.parametrize("packing", [True, False])
+def test_accumulation_counts_tokens(tmp_path: Path, packing: bool, fused: str) -> None:
+    "1 x 8 and 8 x 1 give one gradient, and it is that of the mean over all supervised tokens, written by hand."
+    cfg = recipe(tmp_path, **{"training.packing": packing, "training.fused_loss": fused, "data.max_seq_length": 64})
+    trainer = make_trainer(cfg, tmp_path / "run")
+    trainer.pace = Pace()
+    features = [trainer.train_dataset[i] for i in range(8)]
+    counts = {sum(label != -100 for label in f["labels"]) for f in features}
+    assert len(counts) > 2, "rows of unequal numbers of supervised tokens"
+    whole, single = (gradients(trainer, features, micro) for micro in (8, 1))
+    batch = trainer.data_collator(features)
+    trainer.model.eval()  # the plain forward pass, whatever the loss of training
+    logits = trainer.model(input_ids=batch["input_ids"], position_ids=batch.get("position_ids"), use_cache=False).logits
+    trainer.model.zero_grad()
+    torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()).backward()
+    for name, p in trainer.model.named_parameters():
+        assert p.grad is not None
+        torch.testing.assert_close(whole[name], single[name], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(whole[name], p.grad, rtol=1e-4, atol=1e-6)
+
+
+UNPACKED = {"training.packing": False, "training.num_train_epochs": 2, "training.max_steps": "null", "training.save_steps": 1,
+            "training.save_total_limit": 99, "training.gradient_accumulation_steps": 2}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "setting", [{"training.max_tokens_per_batch": 200, "training.per_device_batch_size": 12}, {"training.group_by_length": True},
+                {"training.dataloader_workers": 2, "training.packing": True}, {"training.fused_loss": "chunked"}]
+)  # fmt: skip
+def test_resume_in_the_middle_of_an_epoch(tmp_path: Path, setting: dict[str, Any]) -> None:
+    "Bit-equal, in the second epoch, with two micro-batches a step."
+    (tmp_path / "whole").mkdir()
+    whole = train(recipe(tmp_path / "whole", **(UNPACKED | setting)), console=QUIET)
+    per_epoch = whole.steps // 2
+    assert whole.steps == 2 * per_epoch >= 4
+    resumed = interrupted(recipe(tmp_path, **(UNPACKED | setting)), at=per_epoch + 1)
+    assert resumed.steps == whole.steps
+    assert equal(weights_of(whole), weights_of(resumed))
+    losses = [[e["loss"] for e in r.history if "loss" in e] for r in (whole, resumed)]
+    assert losses[0] == losses[1]
+
+
+def batches_of(trainer: BotTrainer, epoch: int) -> list[list[list[int]]]:
+    "Token ids of each batch of an epoch, padding taken off."
+    loader = trainer.get_train_dataloader()
+    loader.set_epoch(epoch)
+    pad = trainer.data_collator.pad_token_id
+    return [[[i for i in row if i != pad] for row in batch["input_ids"].tolist()] for batch in loader]
+
+
+def test_token_batches_in_the_trainer(tmp_path: Path) -> None:
+    "Every row once an epoch, no batch beyond the budget, another order in the next epoch, the same batches."
+    cfg = recipe(tmp_path, **{"training.packing": False, "training.max_tokens_per_batch": 200, "training.per_device_batch_size": 12})
+    trainer = make_trainer(cfg, tmp_path / "run")
+    rows = sorted(row["input_ids"] for row in trainer.train_dataset)
+    first, second = batches_of(trainer, 0), batches_of(trainer, 1)
+    for epoch in (first, second):
+        assert sorted(row for batch in epoch for row in batch) == rows
+        assert all(len(batch) * max(map(len, batch)) <= 200 and len(batch) <= 12 for batch in epoch)
+    assert first != second
+    assert sorted(first) == sorted(second)
+    assert {len(batch) for batch in first} != {12}
+
+
+def test_groups_of_like_length_in_the_trainer(tmp_path: Path) -> None:
+    "Less padding than in a random order, and every row once."
+    spread = []
+    for grouped in (False, True):
+        cfg = recipe(tmp_path, **{"training.packing": False, "training.group_by_length": grouped, "training.per_device_batch_size": 4})
+        epoch = batches_of(make_trainer(cfg, tmp_path / f"run-{grouped}"), 1)
+        spread.append(sum(len(batch) * max(map(len, batch)) - sum(map(len, batch)) for batch in epoch))
+    assert spread[1] < spread[0] / 2
+
+
+@pytest.mark.parametrize("order", ["as_given", "short_first"])
+def test_token_batches_keep_an_order(tmp_path: Path, order: str) -> None:
+    settings = {"training.packing": False, "training.max_tokens_per_batch": 200, "data.order": order, "data.validation_split": 0}
+    trainer = make_trainer(recipe(tmp_path, **settings), tmp_path / "run")
+    stored = [row["input_ids"] for row in trainer.train_dataset]
+    for epoch in (0, 1):
+        assert [row for batch in batches_of(trainer, epoch) for row in batch] == stored
+
+
+def test_budget_below_a_row_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="longest row alone"):
+        train(recipe(tmp_path, **{"training.packing": False, "training.max_tokens_per_batch": 20}), console=QUIET)
+
+
+def test_liger_needs_a_gpu(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="run on CUDA"):
+        train(recipe(tmp_path, **{"training.fused_loss": "liger", "model.device": "cpu"}), console=QUIET)
+
+
+def test_chunked_loss_learns_the_same(tmp_path: Path) -> None:
+    "The same course of the loss as the plain one, with chunks of seven rows."
+    losses = []
+    for fused in ("none", "chunked"):
+        trainer = make_trainer(recipe(tmp_path, **{"training.fused_loss": "none"}), tmp_path / fused)
+        if fused == "chunked":
+            chunk_loss(trainer.model, chunk=7)
+        trainer.train()
+        losses.append([e["loss"] for e in trainer.state.log_history if "loss" in e])
+    assert losses[0] == pytest.approx(losses[1], abs=2e-5)
+
+
+@register_method
+class Plain:
+    "A user's method on a trainer of transformers' own."
+
+    name = "plain"
+    data_kind = "chat"
+
+    def learning_rate(self, model: Any, is_new: bool) -> float:
+        return 1e-3
+
+    def build(self, run: Any) -> Trainer:
+        arguments = TrainingArguments(**training_arguments(run))
+        collator = Collator(run.tokenizer.pad_token_id)
+        return Trainer(run.model, arguments, train_dataset=run.data.train, data_collator=collator, processing_class=run.tokenizer)
+
+
+@pytest.mark.parametrize(
+    "setting", [{"training.freeze": "['*norm*']"}, {"training.ema_decay": 0.9}, {"training.fused_loss": "chunked"},
+                {"training.group_by_length": True, "training.packing": False}]
+)  # fmt: skip
+def test_a_setting_that_a_trainer_does_not_know_is_refused(tmp_path: Path, setting: dict[str, Any]) -> None:
+    name = next(iter(setting)).removeprefix("training.")
+    with pytest.raises(ConfigError, match=f"{name} does nothing for 'plain'"):
+        train(recipe(tmp_path, **{"training.method": "plain"}, **setting), console=QUIET)
+
+
+@pytest.mark.slow
+def test_compiled_model_learns_the_same(tmp_path: Path) -> None:
+    losses = []
+    for compiled in (False, True):
+        (home := tmp_path / str(compiled)).mkdir()
+        result = train(recipe(home, **{"training.torch_compile": compiled, "training.max_steps": 4}), console=QUIET)
+        losses.append([e["loss"] for e in result.history if "loss" in e])
+        assert not any("_orig_mod" in name for name in weights_of(result))
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)

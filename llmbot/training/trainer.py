@@ -33,6 +33,7 @@ from ..core.model_manager import context_length, load_bot, new_model, pick_devic
 from ..core.preflight import preflight
 from ..core.processes import add_up, is_main, join_processes, main_first
 from ..monitoring.experiment_tracker import TrackerGroup, check_trackers, create_trackers
+from .bot_trainer import served
 from .callbacks import ProgressCallback, SampleCallback, TrackerCallback
 from .checkpoints import check_resume, keep_json, resume_point, run_record
 from .control import ControlCallback, TrainingControl, train_under_control
@@ -288,7 +289,7 @@ def train(
         run_dir = open_run(cfg, resume)
     try:
         run = prepare_run(cfg, method, run_dir, resume, console)
-        trainer = method.build(run)
+        trainer = served(method.build(run), run)
         check_processes(trainer, asked_strategy(cfg.training.strategy))
     except BaseException:
         if not resume and is_main():
