@@ -13,6 +13,9 @@ _WHERE = {
     "load_config": "llmbot.core.config_io",
     "load_bot": "llmbot.core.model_manager",
     "plan": "llmbot.training.plan",
+    "lr_find": "llmbot.training.lr_find",
+    "show_batch": "llmbot.training.show",
+    "show_results": "llmbot.training.show",
     "train": "llmbot.training.trainer",
     "evaluate_bot": "llmbot.evaluation.evaluate",
     "ask": "llmbot.serving.torch_backend",
@@ -28,8 +31,11 @@ __all__ = [
     "evaluate_bot",
     "load_bot",
     "load_config",
+    "lr_find",
     "plan",
     "serve",
+    "show_batch",
+    "show_results",
     "train",
 ]
 
@@ -42,7 +48,9 @@ if TYPE_CHECKING:
     from llmbot.evaluation.evaluate import evaluate_bot
     from llmbot.serving.api_server import serve
     from llmbot.serving.torch_backend import ask
+    from llmbot.training.lr_find import lr_find
     from llmbot.training.plan import plan
+    from llmbot.training.show import show_batch, show_results
     from llmbot.training.trainer import train
 
 

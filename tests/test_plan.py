@@ -12,11 +12,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from llmbot.core.architectures import PRESETS, qwen3_config
+from llmbot.core.architectures import PRESETS, qwen3_config, supports_bf16
 from llmbot.core.config import Config, ModelConfig
 from llmbot.core.config_io import load_config
 from llmbot.core.errors import ConfigError, DataError
-from llmbot.core.model_manager import supports_bf16
 from llmbot.core.parameters import adapter_parameters, count, meta_model, operations
 from llmbot.core.peak_memory import with_adapter
 from llmbot.core.training_config import LoraConfig
@@ -89,7 +88,7 @@ CASES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 CHILD = """
-import ctypes, dataclasses, gc, json, random, sys
+import ctypes, gc, json, random, sys
 from pathlib import Path
 import torch
 from rich.console import Console
@@ -109,7 +108,7 @@ def status(name):
     return 1024 * int(line.split()[1])
 
 def measure(settings):
-    lora = LoraConfig(rank=8) if settings.pop("lora", False) else None
+    lora = LoraConfig() if settings.pop("lora", False) else None
     cfg = load_config(None, [f"{k}={v}" for k, v in settings.items()], env={})
     outlook, directory = look_at(cfg), open_run(cfg, False)
     gc.collect(); libc.malloc_trim(0)
@@ -122,7 +121,7 @@ def measure(settings):
     if lora is None:
         return measured, outlook.memory(cfg.training.precision).total
     b = outlook.batches
-    parameters = count(meta_model(outlook.config), dataclasses.replace(cfg, lora=lora), True)
+    parameters = count(meta_model(outlook.config), cfg, True)
     load = Workload(b.micro_batch, b.longest, cfg.training.precision, lora=lora)
     return measured, peak_memory(outlook.config, parameters, load, Around()).total
 

@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from .adapters import peft_config
 from .errors import TrainingError
 from .parameters import Parameters, lora_targets, meta_model
 from .training_config import LoraConfig
@@ -84,6 +85,7 @@ class Workload:
     rows: int  # sequences in it; for preferences, answers: two for each pair
     tokens: int  # of each sequence, padding included
     precision: str = "fp32"  # of the forward pass: "fp32", "bf16", "fp16"
+    base: str = "fp32"  # type of the weights under an adapter: "fp32", "bf16", "fp16"; weights that are trained are in fp32
     quantized: bool = False  # linear layers keep their weights in few bits, and need no copy in the precision of the pass
     gradient_checkpointing: bool = False
     masked: bool = False  # several documents in a row, so attention takes a mask (rows, 1, tokens, tokens)
@@ -111,14 +113,10 @@ def with_adapter(
     model: Any,  # of transformers
     lora: LoraConfig,  # the recipe's lora section
 ) -> Any:  # of PEFT
-    "A model with an adapter, as PEFT makes it."
-    from peft import LoraConfig as PeftConfig
+    "A model with an adapter, as PEFT makes it. Raises `ConfigError` for layers that it does not have."
     from peft import get_peft_model
 
-    target = "all-linear" if "all-linear" in lora.target_modules else list(lora.target_modules)
-    return get_peft_model(model, PeftConfig(r=lora.rank, lora_alpha=lora.alpha or 2 * lora.rank, lora_dropout=lora.dropout,
-        target_modules=target, use_rslora=lora.use_rslora, use_dora=lora.use_dora, task_type="CAUSAL_LM",
-        modules_to_save=list(lora.modules_to_save) or None))
+    return get_peft_model(model, peft_config(model, lora))
 
 # %% ../../nbs/core/28_peak_memory.ipynb #8def8598
 def as_fake(
@@ -140,6 +138,8 @@ def traced_model(
 ) -> Any:  # on the meta device, in training mode
     "The model as it is trained."
     model: Any = meta_model(config, load.attn_implementation)
+    if load.lora and not load.quantized:
+        model.to(DTYPES[load.base])
     if load.quantized:
         for module in lora_targets(model, LoraConfig()):
             module.to(DTYPES[load.precision])
@@ -262,9 +262,13 @@ FRAGMENTATION = 0.05  # of what comes and goes, lost between the blocks of PyTor
 def weight_bytes(
     parameters: Parameters,  # of the recipe
     quantization: str,  # as in `ModelConfig.quantization`
+    base: str = "fp32",  # type of the weights under an adapter
 ) -> float:
-    "Bytes of the weights, in fp32 but for the linear layers inside a quantized model."
-    bits = {"none": 32.0, "nf4": NF4_BITS, "int8": INT8_BITS}[quantization]
+    "Bytes of the weights. What is trained is in fp32, and so is what a quantized model has beside its linear layers, as PEFT prepares it."
+    if quantization == "none":
+        size = DTYPES[base].itemsize if parameters.adapter else 4
+        return float(size) * parameters.total + 4.0 * parameters.adapter
+    bits = {"nf4": NF4_BITS, "int8": INT8_BITS}[quantization]
     return parameters.linear * bits / 8 + 4.0 * (parameters.total - parameters.linear + parameters.adapter)
 
 
@@ -307,7 +311,7 @@ def peak_memory(
     if around.accumulates:
         peaks = {name: Peak(p.live - p.gradients + 4.0 * parameters.trained, 4.0 * parameters.trained) for name, p in peaks.items()}
     moment, gradients, activations, loss = worst_moment(peaks, parameters, around.optimizer)
-    weights = weight_bytes(parameters, around.quantization)
+    weights = weight_bytes(parameters, around.quantization, load.base)
     states = STATES[around.optimizer] * parameters.trained + (4.0 * parameters.trained if around.average else 0.0)
-    reference = 4.0 * parameters.total if around.reference else 0.0
+    reference = weights - 4.0 * parameters.adapter if around.reference else 0.0
     return MemoryPlan(weights, reference, states, gradients, activations, loss, moment)

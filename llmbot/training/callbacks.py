@@ -8,6 +8,7 @@ __all__ = ['tracker_name', 'TrackerCallback', 'ProgressCallback', 'progress_text
 
 # %% ../../nbs/training/41_callbacks.ipynb #bb9d8a25
 import time
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -141,14 +142,15 @@ class TimeBudget(TrainerCallback, ExportableState):
 def greedy_answer(
     model: "PreTrainedModel",  # on its device
     chat: ChatFormat,  # its chat format
-    prompt: str,  # what the user says
+    prompt: str | Sequence[Mapping[str, Any]],  # what the user says, or a conversation that waits for an answer
     as_chat: bool = True,  # False: continue the prompt as plain text
     max_new_tokens: int = 64,  # at most
 ) -> str:  # without special tokens
     "The model's greedy answer to one prompt."
     import torch
 
-    ids = chat.prompt_ids([{"role": "user", "content": prompt}]) if as_chat else chat.tokenizer.encode(prompt)
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    ids = chat.prompt_ids(messages) if as_chat else chat.tokenizer.encode(str(messages[-1]["content"]))
     inputs = torch.tensor([ids], device=model.device)
     settings = {"do_sample": False, "eos_token_id": chat.stop_token_ids, "pad_token_id": chat.tokenizer.pad_token_id}
     was_training = model.training

@@ -184,7 +184,7 @@ def notes_of(
     if t.max_minutes:
         notes.append(f"training.max_minutes ends the run after {t.max_minutes:g} minutes, whatever the number of steps.")
     if needs_reference(outlook):
-        notes.append("The reference model's pass is counted in each epoch; where its log-probabilities are kept on disk, it is done once.")
+        notes.append("The pass of the reference is counted for each batch; where it is computed beforehand and kept, it is done once.")
     return notes
 
 # %% ../../nbs/training/59_plan.ipynb #89b7dbf6
