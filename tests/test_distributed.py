@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -70,9 +71,14 @@ def start(path: Path, *options: str, launcher: Sequence[str] = (), cwd: Path | N
     return subprocess.Popen(command, env=os.environ | ALONE | environment, cwd=cwd, **pipes)  # type: ignore[call-overload]
 
 
-def finished(process: "subprocess.Popen[str]", code: int = 0, within: float = 120) -> tuple[str, str]:
+def finished(process: "subprocess.Popen[str]", code: int = 0, within: float = 200) -> tuple[str, str]:
     "Standard output and error of a process that ends with `code`."
-    out, err = process.communicate(timeout=within)
+    try:
+        out, err = process.communicate(timeout=within)
+    except subprocess.TimeoutExpired:
+        process.terminate()
+        process.terminate()  # the second signal ends the launcher's processes at once
+        raise
     assert process.returncode == code, f"exit code {process.returncode}\n{out}\n{err}"
     return out, err
 
@@ -167,7 +173,7 @@ from llmbot.training.sft_trainer import SFT
 
 class Fault(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == 7 and os.environ["RANK"] == "1":
+        if state.global_step == 7 and os.environ.get("RANK") == "1":
             if os.environ.get("FAULT") == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             if os.environ.get("FAULT") == "raise":
@@ -200,13 +206,14 @@ def left_over(path: Path) -> list[int]:
 @pytest.mark.parametrize(
     ("fault", "strategy", "code", "message", "launcher"),
     [
-        ("kill", "ddp", 5, "Rank 1 of 2 was killed (SIGKILL", TORCHRUN),
+        ("kill", "auto", 5, "Rank 1 of 2 was killed (SIGKILL", TORCHRUN),
         ("raise", "fsdp", 3, "Rank 1 of 2 failed: a row of the second shard is broken", ACCELERATE),
     ],
     ids=["killed-ddp-torchrun", "broken-fsdp2-accelerate"],
 )
 def test_a_dead_rank_ends_the_run_and_the_run_goes_on(
-    tmp_path: Path, chats: Path, one: dict[bool, Path], fault: str, strategy: str, code: int, message: str, launcher: list[str]
+    tmp_path: Path, chats: Path, one: dict[bool, Path], fault: str, strategy: str, code: int, message: str, launcher: list[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     "One message, no process left; resumed, by another launcher, the run ends as a run of one process that nothing happened to."
     home = tmp_path / "two"
@@ -218,10 +225,24 @@ def test_a_dead_rank_ends_the_run_and_the_run_goes_on(
     assert "with the same command and --resume" in err
     assert not left_over(path)
     assert not (home / "bot").exists()
+    if strategy == "auto":
+        shutil.copytree(home, tmp_path / "copy")
+        one_process_takes_it_over(path, monkeypatch)
+        assert_same_run(home, one[False])
+        shutil.rmtree(home)
+        (tmp_path / "copy").rename(home)
     finished(start(path, "--resume", launcher=launcher, cwd=home))
     assert_same_run(home, one[False])
     if strategy == "fsdp":
         the_shards_are_the_bots_weights(home)
+
+
+def one_process_takes_it_over(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    "Go on in one process with a run of two: refused with other rows in a step, and the same run with the same."
+    monkeypatch.syspath_prepend(path.parent)
+    with pytest.raises(TrainingError, match="8 rows"):
+        train(load_config(path, env={}), resume=True, console=QUIET)
+    train(load_config(path, overrides=["training.per_device_batch_size=8"], env={}), resume=True, console=QUIET)
 
 
 def test_a_strategy_that_was_dropped_is_told(tmp_path: Path, chats: Path) -> None:

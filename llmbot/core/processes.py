@@ -20,7 +20,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from .errors import ConfigError
+from .errors import ConfigError, LLMBotError
 
 # %% ../../nbs/core/24_processes.ipynb #25fd8568
 def launched_processes() -> int:  # 1 without a launcher
@@ -240,7 +240,8 @@ def record_failure(
     "Write what ended this process to the file that its launcher named, in the form that torchrun reads; without one, do nothing."
     if not (path := os.environ.get("TORCHELASTIC_ERROR_FILE")):
         return
-    extra = {"timestamp": str(int(time.time())), "py_callstack": "".join(traceback.format_exception(error))}
-    record = {"message": {"message": message, "extraInfo": extra}, "exit_code": exit_code, "time": time.time(),
+    trace = "".join(traceback.format_exception(error))
+    extra = {"timestamp": str(int(time.time())), "py_callstack": message if isinstance(error, LLMBotError) else trace}
+    record = {"message": {"message": message, "extraInfo": extra}, "exit_code": exit_code, "time": time.time(), "trace": trace,
               "lost_the_others": lost_the_others(error)}
     Path(path).write_text(json.dumps(record), encoding="utf-8")

@@ -50,7 +50,8 @@ def share_loader(
         return DataLoaderShard(datasets.IterableDataset.from_generator(share_of_stream, gen_kwargs=arguments), batch_size=size, **shared)
     if "labels" not in rows.column_names:
         return loader
-    batches = ShareOfBatches(loader.batch_sampler.batch_sampler, world_size(), number)
+    everybodys = getattr(loader.batch_sampler, "batch_sampler", loader.batch_sampler)  # before Accelerate dealt them out
+    batches = ShareOfBatches(everybodys, world_size(), number)
     return DataLoaderShard(WithBlank(rows), batch_sampler=batches, **shared)
 
 # %% ../../nbs/core/25_shared_work.ipynb #dac96401

@@ -115,7 +115,7 @@ def failure(
     "One message for a run that failed."
     cause = first_cause(ended)
     code = cause.record.get("exit_code", TrainingError.exit_code)
-    trace = cause.record.get("message", {}).get("extraInfo", {}).get("py_callstack", "")
+    trace = cause.record.get("trace", "")
     if len(ended) == nproc and len({e.message for e in ended}) == 1 and cause.record:
         return ProcessesFailed(cause.message, code, trace)
     text = f"Rank {cause.number} of {nproc} {'failed: ' if cause.record else ''}{cause.message}\nThe other processes were ended too."

@@ -296,7 +296,8 @@ def train(
             shutil.rmtree(run_dir, ignore_errors=True)  # a run that never began leaves nothing
         raise
     trainer.say = partial(console.print, highlight=False, markup=False)
-    checkpoint = resume_point(run_dir / "checkpoints", trainer.say) if resume else None
+    with main_first():  # rank 0 puts damaged checkpoints aside, and the others find the same one
+        checkpoint = resume_point(run_dir / "checkpoints", trainer.say) if resume else None
     if resume:
         trainer.say(f"resuming from {checkpoint.name if checkpoint else 'the start: no checkpoint was complete yet'}")
     baseline = read_or_measure_baseline(trainer, run, resume)
