@@ -211,6 +211,10 @@ RECIPES: dict[str, dict[str, Any]] = {
             "training.num_train_epochs": 1, "training.per_device_batch_size": 8, "method.beta": 0.1, "method.loss": "sigmoid",
             "method.sft_weight": 0.2, "method.adapter": False, "method.reference": "precomputed", "data.train": ["data/pairs.jsonl"],
             "data.validation_split": 0.1, "data.max_seq_length": 512},
+    "grpo": {"model.base": "bots/my-bot", "training.method": "grpo", "training.output_dir": "bots/my-better-bot",
+             "training.max_steps": 200, "training.per_device_batch_size": 16, "training.gradient_accumulation_steps": 2,
+             "method.reward": ["llmbot.monitoring.rewards:exact_answer"], "method.num_generations": 8, "method.max_new_tokens": 128,
+             "data.train": ["data/questions.jsonl"], "data.validation_split": 0.05},
 }
 
 

@@ -58,6 +58,8 @@ class TrainingMethod(Protocol):
     def build(self, run: TrainingRun) -> "Trainer":
         "A trainer that is ready for `.train()`."
 
+    # Where a method has `check(cfg, settings)` as well, it is called before data and weights are read, and raises `ConfigError`.
+
 
 BUILT_IN = {name: f"llmbot.training.{name}_trainer" for name in METHOD_SETTINGS}
 METHODS: dict[str, TrainingMethod] = {}
@@ -108,11 +110,12 @@ def get_method(
 def settings_for(
     cfg: Config,  # names a method, and has its settings in `method`
 ) -> Any:  # an instance of the method's `Settings`; None where it has none
-    "The method's own settings, checked. Raises `InvalidConfigError`, a `ConfigError`."
-    get_method(cfg.training.method)
-    if (cls := method_settings(cfg.training.method)) is None:
-        return None
-    return cls(**cfg.method)
+    "The method's own settings, after the method's own `check`, if it has one. Raises `ConfigError`."
+    method, cls = get_method(cfg.training.method), method_settings(cfg.training.method)
+    settings = None if cls is None else cls(**cfg.method)
+    if check := getattr(method, "check", None):
+        check(cfg, settings)
+    return settings
 
 # %% ../../nbs/training/40_methods.ipynb #6d698acc
 CPU_BF16_WIDTH = 256  # narrower models train faster in fp32 on a CPU
