@@ -7,7 +7,7 @@ __all__ = ['COMPARED', 'LOGITS', 'linear_layers', 'matches', 'check_targets', 'e
            'adapter_facts', 'is_adapters', 'MergeReport', 'logits_of', 'probe_rows', 'merge_verified', 'merge_bot',
            'load_adapters']
 
-# %% ../../nbs/core/21_adapters.ipynb #dbca78b6
+# %% ../../nbs/core/21_adapters.ipynb #4595ac54
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-# %% ../../nbs/core/21_adapters.ipynb #477694ee
+# %% ../../nbs/core/21_adapters.ipynb #a84bb7fe
 def linear_layers(
     model: "PreTrainedModel",  # any decoder
 ) -> dict[str, str]:  # full name -> last part of it, the output head left out
@@ -67,7 +67,7 @@ def check_targets(
             ends = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in modules if not name.rsplit(".", 1)[-1].isdigit()}))
             raise ConfigError(f"lora.modules_to_save names '{wanted}', and the model has no such module. It has {ends}.")
 
-# %% ../../nbs/core/21_adapters.ipynb #fb52dbb8
+# %% ../../nbs/core/21_adapters.ipynb #4f2be9e0
 def embedding_names(
     model: "PreTrainedModel",  # any decoder
 ) -> tuple[str, str]:  # last parts of the names of embedding and output head
@@ -104,7 +104,7 @@ def peft_config(
         ensure_weight_tying=shared,
     )
 
-# %% ../../nbs/core/21_adapters.ipynb #6dcebe93
+# %% ../../nbs/core/21_adapters.ipynb #7ed2e0a1
 def attach_adapter(
     model: "PreTrainedModel",  # the base; becomes part of the result, its weights frozen
     lora: LoraConfig,  # the recipe's section
@@ -129,7 +129,7 @@ def attach_adapter(
     settings.base_model_name_or_path = ""  # `save_bot` says where the base lies; with a name here PEFT would save embeddings twice
     return adapted
 
-# %% ../../nbs/core/21_adapters.ipynb #e74e1307
+# %% ../../nbs/core/21_adapters.ipynb #b0e5879f
 def adapter_facts(
     model: "PeftModel",  # with one adapter
 ) -> dict[str, Any]:  # for a manifest
@@ -159,7 +159,7 @@ def is_adapters(
     "Whether a parameter belongs to an adapter."
     return ".lora_" in name or ".modules_to_save." in name or "trainable_tokens_delta" in name
 
-# %% ../../nbs/core/21_adapters.ipynb #a7b5fbad
+# %% ../../nbs/core/21_adapters.ipynb #fad63c38
 @dataclass(frozen=True)
 class MergeReport:
     "How a merged model compares with its adapter on its base."
@@ -186,7 +186,7 @@ class MergeReport:
 COMPARED = 2048  # token positions at most
 LOGITS = 2**26  # logits at most that are kept for the comparison: 256 MiB in fp32
 
-# %% ../../nbs/core/21_adapters.ipynb #66025c40
+# %% ../../nbs/core/21_adapters.ipynb #5fdf63ba
 def logits_of(
     model: "PreTrainedModel | PeftModel",  # on any device
     rows: Sequence[Sequence[int]],  # token ids
@@ -219,7 +219,7 @@ def probe_rows(
     drawn = torch.randint(0, len(bot.tokenizer), (8, 32), generator=torch.Generator().manual_seed(0))
     return [*said, *drawn.tolist()]
 
-# %% ../../nbs/core/21_adapters.ipynb #8df30392
+# %% ../../nbs/core/21_adapters.ipynb #6ae61973
 def merge_verified(
     model: "PeftModel",  # used up
     rows: Sequence[Sequence[int]],  # token ids to compare on
@@ -237,7 +237,7 @@ def merge_verified(
     report.raise_if_wrong()
     return merged, report
 
-# %% ../../nbs/core/21_adapters.ipynb #9fe9baf9
+# %% ../../nbs/core/21_adapters.ipynb #00abfe9f
 def merge_bot(
     adapter: str | Path,  # reference of an adapter bot
     dest: str | Path,  # directory of the whole bot
@@ -272,7 +272,7 @@ def merge_bot(
     save_bot(dest, merged, bot.tokenizer, manifest, overwrite)
     return report
 
-# %% ../../nbs/core/21_adapters.ipynb #ae0b2969
+# %% ../../nbs/core/21_adapters.ipynb #2157120d
 def load_adapters(
     refs: Iterable[str | Path],  # adapter bots of one base
     *,
