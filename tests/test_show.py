@@ -119,7 +119,7 @@ def test_results_stand_beside_those_of_the_parent(tmp_path: Path) -> None:
     alone = show_results(tmp_path / "bot", tmp_path / "sums.jsonl", n=3, max_new_tokens=6, device="cpu")
     assert (found.bot, found.parent, alone.parent) == ("child", "bot", None)
     assert [r.before for r in found.results] == [r.answer for r in alone.results]
-    assert [r.prompt for r in found.results] == ["user: <0> + 0?", "user: <4> + 0?", "user: <8> + 0?"]
+    assert [r.prompt for r in found.results] == ["<0> + 0?", "<4> + 0?", "<8> + 0?"]
     assert "&lt;b&gt;" in found._repr_html_()
     assert "<b>0" not in found._repr_html_()
 

@@ -167,12 +167,15 @@ def svg_view(
     high = heights(found, len(found.rates))
 
     def across(rate: float) -> float:
-        return round(8 + (width - 16) * (math.log10(rate) - first) / max(last - first, 1e-9), 1)
+        return round(28 + (width - 56) * (math.log10(rate) - first) / max(last - first, 1e-9), 1)
 
     line = " ".join(f"{across(rate)},{round(8 + (height - 36) * (1 - h), 1)}" for rate, h in zip(found.rates, high, strict=True))
     ticks = "".join(f'<text x="{across(10.0**k)}" y="{height - 8}" text-anchor="middle">1e{k}</text>'
                     for k in range(math.ceil(first), math.floor(last) + 1))
     x = across(found.suggestion)
+    bottom = across(found.rates[int(found.smoothed.argmin())])
+    ticks += f'<text x="28" y="{round(24 + (height - 36) * (1 - high[0]), 1)}">loss {found.losses[0]:.3g}</text>'
+    ticks += f'<text x="{bottom}" y="{height - 40}" text-anchor="middle">{found.smoothed.min():.3g}</text>'
     mark = f'<line x1="{x}" x2="{x}" y1="8" y2="{height - 28}" stroke="#2da44e" stroke-dasharray="4"/>'
     rules = ", ".join(f"{name} {rate:.1e}" for name, rate in found.suggestions.items())
     return (f'<svg viewBox="0 0 {width} {height}" width="{width}" role="img" style="font:11px system-ui,sans-serif" fill="currentColor">'

@@ -122,7 +122,7 @@ def facts_view(plan: TrainingPlan) -> Table:
     table.add_row("trained", f"{p.trained:,}  ({p.share:.3g} of all)" if p.share < 0.01 else f"{p.trained:,}  ({p.share:.0%})")
     rows = f"{b.rows:,} rows" if b.rows is not None else "a stream"
     table.add_row("data", f"{rows}, the longest {b.longest:,} tokens, {b.learned:.0%} of the tokens are learned")
-    table.add_row("steps", f"{b.steps:,} of {b.tokens_per_step:,.0f} tokens: {amount(b.tokens, 'tokens')}, padding included")
+    table.add_row("steps", f"{b.steps:,} of {b.tokens_per_step:,.0f} tokens: {b.tokens:,.0f} in all, padding included")
     table.add_row("operations", f"{amount(each.total, 'FLOP')} a token, {amount(plan.flops, 'FLOP')} in all")
     return table
 

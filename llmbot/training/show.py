@@ -7,7 +7,7 @@ __all__ = ['STYLE', 'Piece', 'Row', 'padding_of', 'pieces_of', 'BatchView', 'vie
            'terminal_batch', 'html_piece', 'html_batch', 'Question', 'question_of', 'questions', 'Result',
            'ResultsView', 'answer_of', 'show_results', 'cells', 'terminal_results', 'html_results']
 
-# %% ../../nbs/training/57_show.ipynb #03001366
+# %% ../../nbs/training/57_show.ipynb #731ac651
 import html
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,7 +33,7 @@ from .lr_find import aside
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# %% ../../nbs/training/57_show.ipynb #3f44974f
+# %% ../../nbs/training/57_show.ipynb #e82f5cf3
 @dataclass(frozen=True)
 class Piece:
     "Tokens of a row that are treated alike."
@@ -54,7 +54,7 @@ class Row:
         "Tokens that are learned."
         return sum(piece.tokens for piece in self.pieces if piece.state == "learned")
 
-# %% ../../nbs/training/57_show.ipynb #f633efa0
+# %% ../../nbs/training/57_show.ipynb #9bb8f518
 def padding_of(
     ids: Sequence[int],  # of a row
     labels: Sequence[int],  # of the row
@@ -88,7 +88,7 @@ def pieces_of(
         pieces.append(Piece(text, stop - start, state[start], begins[start]))
     return pieces
 
-# %% ../../nbs/training/57_show.ipynb #8c76cd57
+# %% ../../nbs/training/57_show.ipynb #274450d1
 @dataclass(frozen=True)
 class BatchView:
     "Rows of a batch; shown in colour in a terminal and in a notebook."
@@ -103,7 +103,7 @@ class BatchView:
     def _repr_html_(self) -> str:
         return html_batch(self)
 
-# %% ../../nbs/training/57_show.ipynb #b8d2825d
+# %% ../../nbs/training/57_show.ipynb #f96d25fa
 def view_of(
     batch: Mapping[str, Any],  # tensors (rows, tokens): input_ids, labels, and where there are, attention_mask and position_ids
     chat: ChatFormat,  # decodes it
@@ -121,7 +121,7 @@ def view_of(
     learned = sum(label != IGNORED for row in labels for label in row)
     return BatchView(rows, (len(ids), len(ids[0])), learned, sum(pads))
 
-# %% ../../nbs/training/57_show.ipynb #7c5d3b22
+# %% ../../nbs/training/57_show.ipynb #68a35fbd
 def show_batch(
     cfg: Config,  # the recipe
     n: int = 4,  # rows, or pairs, to show
@@ -140,7 +140,7 @@ def show_batch(
                               "`llmbot data inspect` shows its prepared data.")
         return view_of(batch, run.chat, n, pairs=run.data.report.kind == "preference")
 
-# %% ../../nbs/training/57_show.ipynb #1de7243d
+# %% ../../nbs/training/57_show.ipynb #4cac7f1c
 def cut_middle(
     text: str,
     limit: int,  # characters
@@ -170,17 +170,18 @@ def terminal_batch(
                 number += 1
                 text.append(f"{chr(10) if number > 1 else ''}── document {number} ──\n" if packed else "", style="cyan")
             if piece.state == "padding":
-                text.append(f" [{piece.tokens} padding]", style="dim")
+                text.append(f" [{piece.tokens} of padding]", style="dim")
             else:
                 text.append(visible(cut_middle(piece.text, limit)), style="bold green" if piece.state == "learned" else "")
         parts += [Text(""), Text(f"{row.title}, {row.learned} tokens learned", style="dim"), text]
     return Group(*parts)
 
-# %% ../../nbs/training/57_show.ipynb #b513131f
+# %% ../../nbs/training/57_show.ipynb #9b235359
 STYLE = """<style>.llmbot-show{font:13px/1.5 system-ui,sans-serif;max-width:70em}.llmbot-show pre{white-space:pre-wrap;padding:8px;
 background:rgba(128,128,128,.1);border-radius:4px;margin:2px 0 10px;max-height:24em;overflow:auto}.llmbot-show mark{color:inherit;
 background:rgba(46,160,67,.35)}.llmbot-show .padding{opacity:.5;font-style:italic}.llmbot-show .border{border-top:1px solid #2b8cbe;
-color:#2b8cbe;display:block;font-size:11px;margin-top:4px}.llmbot-show table{border-collapse:collapse}.llmbot-show th,.llmbot-show td{
+color:#2b8cbe;display:block;font-size:11px;margin-top:4px}.llmbot-show table{font:inherit;border-collapse:collapse}
+.llmbot-show th,.llmbot-show td{
 text-align:left;vertical-align:top;padding:4px 10px;border-bottom:1px solid rgba(128,128,128,.3);white-space:pre-wrap;max-width:26em}
 .llmbot-show .right{color:#2da44e}</style>"""
 
@@ -189,7 +190,7 @@ def html_piece(piece: Piece) -> str:
     "Tokens as an element that says what is done with them, and how many they are."
     tag, text = ("mark", piece.text) if piece.state == "learned" else ("span", piece.text)
     if piece.state == "padding":
-        text = f" {piece.tokens} padding"
+        text = f" {piece.tokens} of padding"
     return f'<{tag} class="{piece.state}" data-tokens="{piece.tokens}">{html.escape(text)}</{tag}>'
 
 
@@ -206,7 +207,7 @@ def html_batch(view: BatchView) -> str:
         parts.append(f"<div>{html.escape(row.title)}, {row.learned} tokens learned</div><pre>{body}</pre>")
     return "".join(parts) + "</div>"
 
-# %% ../../nbs/training/57_show.ipynb #efcdcc0f
+# %% ../../nbs/training/57_show.ipynb #1b19435a
 @dataclass(frozen=True)
 class Question:
     "What is asked, and what the data answers."
@@ -215,8 +216,11 @@ class Question:
 
     @property
     def shown(self) -> str:
-        "The last words of the question."
-        return self.prompt if isinstance(self.prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in self.prompt)
+        "The question for a person: the message, or a conversation with its roles."
+        if isinstance(self.prompt, str):
+            return self.prompt
+        alone = len(self.prompt) == 1
+        return "\n".join(str(m["content"]) if alone else f"{m['role']}: {m['content']}" for m in self.prompt)
 
 
 def question_of(
@@ -230,7 +234,7 @@ def question_of(
     last = max((i for i, m in enumerate(messages) if m["role"] == "assistant" and i and isinstance(m["content"], str)), default=None)
     return None if last is None else Question(messages[:last], messages[last]["content"])
 
-# %% ../../nbs/training/57_show.ipynb #dea946bb
+# %% ../../nbs/training/57_show.ipynb #cd44eecf
 def questions(
     data: str | Path | Sequence[str | Path],  # files or directories, as in `data.train`
     n: int,  # at most
@@ -254,7 +258,7 @@ def questions(
     count = min(n, len(first))
     return [first[i * len(first) // count] for i in range(count)]
 
-# %% ../../nbs/training/57_show.ipynb #9d7fd70f
+# %% ../../nbs/training/57_show.ipynb #e3e20a6a
 @dataclass(frozen=True)
 class Result:
     "One question with its answers."
@@ -268,7 +272,7 @@ class Result:
         "Whether an answer has the words of the reference."
         return answer.split() == reference.split()
 
-# %% ../../nbs/training/57_show.ipynb #35d056a4
+# %% ../../nbs/training/57_show.ipynb #9334af29
 @dataclass(frozen=True)
 class ResultsView:
     "Answers beside each other; shown as a table in a terminal and in a notebook."
@@ -298,7 +302,7 @@ def answer_of(
     prompt = question.prompt if as_chat or isinstance(question.prompt, str) else str(question.prompt[-1]["content"])
     return greedy_answer(bot.model, bot.chat, prompt, as_chat, max_new_tokens).strip()
 
-# %% ../../nbs/training/57_show.ipynb #e7ad5535
+# %% ../../nbs/training/57_show.ipynb #d49439a2
 def show_results(
     bot: Any,  # a path, a name, or the result of `train`
     data: str | Path | Sequence[str | Path],  # held-out files
@@ -318,7 +322,7 @@ def show_results(
                for q in asked]
     return ResultsView(child.name, parent.name if parent else None, results)
 
-# %% ../../nbs/training/57_show.ipynb #a93ddbe3
+# %% ../../nbs/training/57_show.ipynb #aeda6539
 def cells(result: Result) -> list[tuple[str, bool]]:
     "The texts of a row, and whether each is an answer that has the reference's words."
     answers = [text for text in (result.answer, result.before) if text is not None]
@@ -327,7 +331,7 @@ def cells(result: Result) -> list[tuple[str, bool]]:
 
 def terminal_results(view: ResultsView) -> RenderableType:
     "A table for rich."
-    table = Table(show_lines=True, header_style="bold", pad_edge=False)
+    table = Table(show_lines=True, header_style="bold")
     for name in view.columns:
         table.add_column(name, overflow="fold")
     for result in view.results:
