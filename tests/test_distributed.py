@@ -26,7 +26,7 @@ from llmbot.training.trainer import train
 
 ROOT = Path(__file__).parents[1]
 QUIET = Console(quiet=True)
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:torch.distributed is disabled")]
 ALONE = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
 
 
@@ -271,7 +271,6 @@ def test_interrupted_run_stops_in_every_process(tmp_path: Path, chats: Path) -> 
     assert not (tmp_path / "two" / "bot").exists()
 
 
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_sharded_checkpoint_reloads_elsewhere(tmp_path: Path) -> None:
     "Saved by two processes under `fully_shard`, it loads in one and in two, and the next step is the same in both."
     torch.multiprocessing.spawn(shard_worker.work, args=(2, tmp_path), nprocs=2)

@@ -144,8 +144,9 @@ class ShareOfBatches:
         batch_sampler: Any,  # iterable of lists of row numbers, the same in every process
         world: int,  # processes
         number: int,  # of this process, from 0
+        blank: bool = True,  # whether there is a blank row; without one, the last row is taken again
     ) -> None:
-        self.batch_sampler, self.world, self.number = batch_sampler, world, number
+        self.batch_sampler, self.world, self.number, self.blank = batch_sampler, world, number, blank
         self.batch_size = getattr(batch_sampler, "batch_size", None)
         self.sampler = getattr(batch_sampler, "sampler", None)  # where accelerate looks for `set_epoch`
 
@@ -160,7 +161,8 @@ class ShareOfBatches:
                 yield dealt[self.number]
                 dealt = []
         if dealt:
-            yield shared_out([row for batch in dealt for row in batch], self.world, self.number) or [BLANK]
+            left = [row for batch in dealt for row in batch]
+            yield shared_out(left, self.world, self.number) or [BLANK if self.blank else left[-1]]
 
     def set_epoch(self, epoch: int) -> None:
         "Pass the number of the epoch on to a sampler that shuffles by it."

@@ -41,18 +41,17 @@ def share_loader(
     trainer: Trainer,  # one of several
     loader: Any,  # as Accelerate prepared it
 ) -> Any:  # this process's batches
-    "Deal out rows so that each counts once; rows without labels are left to Accelerate, which repeats some to come out even."
+    "Deal out rows so that each counts once; without labels there is no blank row, and the last one may come twice in an epoch."
     settings = {"collate_fn": loader.collate_fn, "num_workers": loader.num_workers, "pin_memory": loader.pin_memory}
     shared = settings | {"device": trainer.args.device, "worker_init_fn": loader.worker_init_fn}
     rows, number, size = trainer.train_dataset, rank(), trainer.args.train_batch_size
     if isinstance(rows, datasets.IterableDataset):
         arguments = {"rows": rows, "size": size, "world": world_size(), "number": number}
         return DataLoaderShard(datasets.IterableDataset.from_generator(share_of_stream, gen_kwargs=arguments), batch_size=size, **shared)
-    if "labels" not in rows.column_names:
-        return loader
     everybodys = getattr(loader.batch_sampler, "batch_sampler", loader.batch_sampler)  # before Accelerate dealt them out
-    batches = ShareOfBatches(everybodys, world_size(), number)
-    return DataLoaderShard(WithBlank(rows), batch_sampler=batches, **shared)
+    blank = "labels" in rows.column_names
+    batches = ShareOfBatches(everybodys, world_size(), number, blank)
+    return DataLoaderShard(WithBlank(rows) if blank else rows, batch_sampler=batches, **shared)
 
 # %% ../../nbs/core/25_shared_work.ipynb #dac96401
 FLAGS = ("should_log", "should_evaluate", "should_save", "should_epoch_stop", "should_training_stop")
