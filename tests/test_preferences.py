@@ -4,15 +4,24 @@ import copy
 import io
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file
+from transformers import TrainerCallback
 
-from llmbot.core.config import Config
+import llmbot.training.trainer as trainer_module
+from llmbot.core.chat import ChatFormat, attach_chat_template
+from llmbot.core.config import Config, DataConfig
 from llmbot.core.config_io import load_config
+from llmbot.core.data_processor import prepare_data
+from llmbot.core.errors import LLMBotError
+from llmbot.core.model_manager import load_bot
 from llmbot.monitoring.experiment_tracker import TrackerGroup
 from llmbot.training.methods import get_method
 from llmbot.training.preference_trainer import pair_metrics
@@ -257,3 +266,132 @@ def test_collapse_is_told_once_and_the_sft_term_cures_it(
     assert (result.metrics["validation_logps/chosen_change"] < -0.5) == warns
     if warns:
         assert "sft_weight" in warnings[0]
+
+
+# --- adapters, KTO, resuming -------------------------------------------------------------------------------------------
+
+
+def test_the_base_under_an_adapter_is_its_reference(tmp_path: Path, parent: Path) -> None:
+    "Switched off, precomputed or a frozen copy: one history; the bot is an adapter that names its base."
+    histories = []
+    for reference in ("adapter_off", "precomputed", "frozen"):
+        changes = {"method.adapter": True, "method.reference": reference, "training.output_dir": tmp_path / reference, "lora.rank": 4}
+        result = train(recipe(tmp_path, **from_parent(parent), **changes), console=QUIET)
+        histories.append([entry["loss"] for entry in result.history if "loss" in entry])
+        assert (result.bot / "adapter_config.json").is_file()
+    assert histories[0] == pytest.approx(histories[1], abs=1e-5)
+    assert histories[0] == pytest.approx(histories[2], abs=1e-5)
+    assert histories[0][-1] < histories[0][0] - 0.005
+
+
+def test_kto_separates_good_answers_from_bad_ones(tmp_path: Path, parent: Path) -> None:
+    "Each pair gives two labelled answers; TRL's own reference and the cached one give one history; a second run computes none."
+    changes = {"training.method": "kto", "training.max_steps": 12, "training.eval_steps": 6, "training.learning_rate": 3e-4}
+    start = from_parent(parent) | changes
+    runs = {
+        name: train(recipe(tmp_path, **start, **{"method.reference": name, "training.output_dir": tmp_path / name}), console=QUIET)
+        for name in ("precomputed", "frozen")
+    }
+    losses = [[entry["loss"] for entry in result.history if "loss" in entry] for result in runs.values()]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+    metrics = runs["precomputed"].metrics
+    assert metrics["validation_loss_before"] == pytest.approx(0.5, abs=1e-5)
+    assert metrics["validation_rewards/accuracies"] > 0.9
+    assert metrics["validation_rewards/margins"] > 0.05
+    again = recipe(tmp_path, **start, **{"training.output_dir": tmp_path / "again"})
+    assert built(again, tmp_path / "again.run")[1].reference_computed == 0
+    assert not list((tmp_path / "precomputed.run" / "checkpoints").glob("README*")), "TRL's model card is left out"
+
+
+class Stop(TrainerCallback):
+    "Ends a run with an exception, as a kill would, after a step."
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 7:
+            raise RuntimeError("stopped by the test")
+
+
+@pytest.mark.parametrize("method", ["dpo", "kto"])
+def test_a_stopped_run_resumes_bit_equal(tmp_path: Path, method: str, monkeypatch: Any) -> None:
+    changes = {"training.method": method, "training.max_steps": 10, "training.save_steps": 4, "training.logging_steps": 1}
+    whole = train(recipe(tmp_path, **changes, **{"training.output_dir": tmp_path / "whole"}), console=QUIET)
+    cfg = recipe(tmp_path, **changes)
+    with monkeypatch.context() as patched:
+        kept = trainer_module.make_callbacks
+        patched.setattr(trainer_module, "make_callbacks", lambda *a: (lambda t, c: (t, [*c, Stop()]))(*kept(*a)))
+        with pytest.raises(RuntimeError, match="stopped by the test"):
+            train(cfg, console=QUIET)
+    resumed = train(cfg, resume=True, console=QUIET)
+    first, second = (load_file(result.bot / "model.safetensors") for result in (whole, resumed))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    losses = [[(e["step"], e["loss"]) for e in result.history if "loss" in e] for result in (whole, resumed)]
+    assert losses[0] == losses[1]
+
+
+# --- mistakes ----------------------------------------------------------------------------------------------------------
+
+CHAT = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
+PAIR = {"prompt": "Hi", "chosen": "Hello", "rejected": "What?"}
+
+
+@pytest.mark.parametrize(
+    ("rows", "changes", "message"),
+    [
+        ([CHAT], {}, "no pair of answers"),
+        ([{"prompt": "Hi", "chosen": "Hello"}], {}, "question and no answer"),
+        ([PAIR | {"rejected": ""}], {}, "content of the assistant message is empty"),
+        ([PAIR | {"rejected": "Hello"}], {}, "the same"),
+        ([{**CHAT, "label": True}], {}, "training.method=kto"),
+        ([{**CHAT, "label": True}] * 1 + [{"prompt": f"{i}?", "completion": "a", "label": True} for i in range(9)],
+         {"training.method": "kto"}, "none is undesirable"),
+        ([CHAT], {"training.method": "kto"}, "no label"),
+        ([PAIR], {"method.reference": "adapter_off"}, "set 'adapter' to true"),
+        ([PAIR], {"method.loss": "robust"}, "above 0"),
+        ([PAIR], {"method.label_smoothing": 0.1}, "only the loss 'robust'"),
+        ([PAIR], {"method.policy": "full"}, "policy"),
+        ([PAIR], {"data.on_overlong": "truncate_right"}, "drop or truncate_left"),
+        ([PAIR], {"data.train_on": "all"}, "learns from the answer alone"),
+        (sums(), {"data.streaming": True}, "streamed rows are not known"),
+        (sums(), {"training.method": "kto", "data.streaming": True}, "read whole"),
+        (sums(), {"training.method": "kto", "training.per_device_batch_size": 1}, "at least 2"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_told(tmp_path: Path, rows: list[Any], changes: dict[str, object], message: str) -> None:
+    with pytest.raises(LLMBotError, match=message):
+        train(recipe(tmp_path, rows, **changes), console=QUIET)
+    assert not (tmp_path / "bot").exists()
+
+
+def test_the_command_line_tells_a_mistake(tmp_path: Path, parent: Path) -> None:
+    "A chat file given to DPO ends with a reason, and leaves nothing."
+    chats = write(tmp_path / "chats.jsonl", [CHAT])
+    (tmp_path / "r.yaml").write_text(
+        f"model: {{base: {parent}}}\ntraining: {{method: dpo, output_dir: {tmp_path / 'bot'}}}\n"
+        f"data: {{train: {chats}, cache_dir: {tmp_path / 'cache'}}}\n"
+    )
+    command = [sys.executable, "-c", "from llmbot.app.cli import main; main()", "train", str(tmp_path / "r.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode not in (0, 1)
+    assert "no pair of answers" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.glob("bot*"))
+
+
+# --- real data ---------------------------------------------------------------------------------------------------------
+
+
+def test_real_preferences_are_read(tmp_path: Path, shared: Path) -> None:
+    "Every row of the demos is kept or counted as lost for its length or as a double; ranked trees give pairs, best against worst."
+    bot = load_bot(shared / "models" / "stories260K", device="cpu")
+    attach_chat_template(bot.tokenizer, bot.model)
+    chat = ChatFormat(bot.tokenizer)
+    for name, kind in (("preference/dpo-en-demo.json", "preference"), ("preference/kto-en-demo.json", "labelled"),
+                       ("sft/oasst-trees.jsonl", "preference")):  # fmt: skip
+        config = DataConfig(train=[str(shared / "data" / name)], cache_dir=str(tmp_path), validation_split=0.1)
+        data = prepare_data(config, chat, kind=kind, max_seq_length=4096, packing=True)
+        assert data.report.rows_read == data.report.rows_kept + data.report.rows_dropped
+        assert data.report.rows_kept > 0.6 * data.report.rows_read, data.report.dropped
+        for row in data.train:
+            answers = [row[side] for side in ("chosen_ids", "rejected_ids", "completion_ids") if side in row]
+            assert all(answer[-1] in chat.stop_token_ids for answer in answers)
+            assert len({tuple(answer) for answer in answers}) == len(answers)

@@ -237,7 +237,8 @@ class MonitoringConfig:
 
 # %% ../../nbs/core/03_config.ipynb #05c14b28
 METHOD_SETTINGS: dict[str, Any] = {"scratch": None, "sft": None, "lora": None}  # name -> class, "module:class", or None for none
-METHOD_SETTINGS |= {"dpo": "llmbot.training.dpo_trainer:DPOSettings", "grpo": "llmbot.training.grpo_trainer:GRPOSettings"}
+METHOD_SETTINGS |= {"dpo": "llmbot.training.dpo_trainer:DPOSettings", "kto": "llmbot.training.kto_trainer:KTOSettings"}
+METHOD_SETTINGS |= {"grpo": "llmbot.training.grpo_trainer:GRPOSettings"}
 
 
 def method_settings(

@@ -215,6 +215,10 @@ RECIPES: dict[str, dict[str, Any]] = {
              "training.max_steps": 200, "training.per_device_batch_size": 16, "training.gradient_accumulation_steps": 2,
              "method.reward": ["llmbot.monitoring.rewards:exact_answer"], "method.num_generations": 8, "method.max_new_tokens": 128,
              "data.train": ["data/questions.jsonl"], "data.validation_split": 0.05},
+    "kto": {"model.base": "bots/my-bot", "training.method": "kto", "training.output_dir": "bots/my-better-bot",
+            "training.num_train_epochs": 1, "training.per_device_batch_size": 8, "method.beta": 0.1, "method.desirable_weight": 1.0,
+            "method.undesirable_weight": 1.0, "method.adapter": False, "method.reference": "precomputed",
+            "data.train": ["data/judged.jsonl"], "data.validation_split": 0.1, "data.max_seq_length": 512},
 }
 
 

@@ -77,7 +77,7 @@ def unfit_for(kind: Kind, example: Example) -> str | None:
     if example["kind"] == "text":
         return "a plain text holds no preference: it needs 'prompt', 'chosen' and 'rejected'."
     if kind == "preference" and "label" in example:
-        return "one answer with a label is no pair: training.method=kto learns from labels."
+        return "one answer with a label is no pair, and training.method=kto learns from labels."
     if kind == "preference" and example["kind"] == "chat":
         return "the row has no pair of answers: a preference needs 'chosen' and 'rejected'."
     if kind == "labelled" and "label" not in example:
