@@ -384,14 +384,3 @@ def test_a_setting_that_a_trainer_does_not_know_is_refused(tmp_path: Path, setti
     name = next(iter(setting)).removeprefix("training.")
     with pytest.raises(ConfigError, match=f"{name} does nothing for 'plain'"):
         train(recipe(tmp_path, **{"training.method": "plain"}, **setting), console=QUIET)
-
-
-@pytest.mark.slow
-def test_compiled_model_learns_the_same(tmp_path: Path) -> None:
-    losses = []
-    for compiled in (False, True):
-        (home := tmp_path / str(compiled)).mkdir()
-        result = train(recipe(home, **{"training.torch_compile": compiled, "training.max_steps": 4}), console=QUIET)
-        losses.append([e["loss"] for e in result.history if "loss" in e])
-        assert not any("_orig_mod" in name for name in weights_of(result))
-    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
