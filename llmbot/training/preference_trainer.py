@@ -372,10 +372,11 @@ class CollapseWarning(TrainerCallback, ExportableState):
             change, margin = logs.get(f"{split}logps/chosen_change"), logs.get(f"{split}rewards/margins")
             if change is None or margin is None:
                 continue
-            if change < COLLAPSE and margin > self.first.setdefault(split, margin) and not self.warned:
+            began = self.first.setdefault(split, margin)
+            if change < COLLAPSE and margin > began and not self.warned:
                 self.warned = True
                 pairs = "held-out pairs" if split else "training pairs"
-                say(self.run, f"the chosen answers of the {pairs} fall while the margin grows ({self.first[split]:.2f} to {margin:.2f}): a "
+                say(self.run, f"the chosen answers of the {pairs} fall while the margin grows ({began:.2f} to {margin:.2f}): a "
                     f"token of them lost {-change:.2f} nats against the reference. The bot is forgetting how to answer. {self.cure}",
                     state.global_step)
 
