@@ -1,23 +1,17 @@
 """Training against independent witnesses: a hand-written loop, TRL, and a run that was never killed."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
-from safetensors.torch import load_file
 
 from llmbot.core.config import Config
-from llmbot.core.config_io import load_config, save_config
+from llmbot.core.config_io import load_config
 from llmbot.core.errors import LLMBotError, TrainingError
 from llmbot.training.methods import get_method
-from llmbot.training.trainer import prepare_run, run_directory, train
+from llmbot.training.trainer import prepare_run, train
 
 QUIET = Console(quiet=True)
 
@@ -121,50 +115,6 @@ def test_learning_rate_follows_the_clock(tmp_path: Path) -> None:
     rates = [e["learning_rate"] for e in result.history if "learning_rate" in e]
     assert max(rates) > 10 * rates[-1]
     assert result.seconds < 60
-
-
-SCRIPT = """
-import sys
-from rich.console import Console
-from llmbot.core.config_io import load_config
-from llmbot.training.trainer import train
-train(load_config(sys.argv[1], env={}), resume="--resume" in sys.argv, console=Console(quiet=True))
-"""
-
-
-def start(path: Path, *options: str) -> subprocess.Popen[str]:
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-c", SCRIPT, str(path), *options], env=env, stderr=subprocess.PIPE, text=True)
-
-
-@pytest.mark.slow
-def test_killed_and_resumed_is_bit_equal(tmp_path: Path) -> None:
-    "SIGKILL between two checkpoints; the resumed run ends with the weights of one that was never killed."
-    finals = []
-    for name in ("whole", "killed"):
-        home = tmp_path / name
-        home.mkdir()
-        cfg = recipe(home, **{"training.max_steps": 60, "training.save_steps": 10, "training.logging_steps": 5})
-        save_config(cfg, home / "recipe.yaml")
-        process = start(home / "recipe.yaml")
-        if name == "killed":
-            checkpoints = run_directory(home / "bot") / "checkpoints"
-            deadline = time.monotonic() + 120
-            while not (checkpoints / "checkpoint-20").exists() and time.monotonic() < deadline and process.poll() is None:
-                time.sleep(0.002)
-            process.send_signal(signal.SIGKILL)
-            assert process.wait() == -signal.SIGKILL
-            assert not (home / "bot").exists(), "a killed run leaves no bot"
-            process = start(home / "recipe.yaml", "--resume")
-        assert process.wait(timeout=300) == 0, process.stderr.read() if process.stderr else ""
-        history = json.loads((run_directory(home / "bot") / "history.json").read_text())
-        finals.append((load_file(home / "bot" / "model.safetensors"), history))
-    (weights, history), (resumed, resumed_history) = finals
-    assert weights.keys() == resumed.keys()
-    for name, tensor in weights.items():
-        assert torch.equal(tensor, resumed[name]), name
-    steps = lambda h: [(e["step"], e["loss"]) for e in h if "loss" in e]  # noqa: E731
-    assert steps(history) == steps(resumed_history)
 
 
 def test_resume_refuses_other_data(tmp_path: Path) -> None:

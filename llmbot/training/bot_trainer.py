@@ -31,6 +31,7 @@ from ..monitoring.likelihood import heldout_likelihood, token_byte_lengths
 from .callbacks import TimeBudget
 from .checkpoints import CompleteCheckpoints
 from .methods import TrainingRun, training_arguments
+from .safeguards import SafeTrainer, safeguard
 
 # %% ../../nbs/training/45_bot_trainer.ipynb #2650c280
 RESOLUTION = 1_000_000  # virtual steps of a schedule that follows the clock
@@ -234,7 +235,7 @@ def supervised(
     return (inputs["labels"][:, 1:] != IGNORED).sum().clamp(min=1)
 
 
-class BotTrainer(CompleteCheckpoints, ClockSchedule, ChosenWeights, Paced, HonestEvaluation, SharedWork, ChosenBatches):
+class BotTrainer(SafeTrainer, CompleteCheckpoints, ClockSchedule, ChosenWeights, Paced, HonestEvaluation, SharedWork, ChosenBatches):
     "The loop under `scratch` and `sft`; made by `bot_trainer`."
 
     run: TrainingRun  # set by `bot_trainer`
@@ -343,6 +344,7 @@ def bot_trainer(
     choose_batches(trainer, run.config)
     if run.data.report.settings.get("packing"):
         check_isolation(run.model, trainer.accelerator.autocast())
+    safeguard(trainer, run)
     trainer.remove_callback(PrinterCallback)  # progress is shown by the run's own callbacks
     if minutes:
         trainer.budget = TimeBudget(minutes)

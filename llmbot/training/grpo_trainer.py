@@ -335,10 +335,10 @@ def policy_trainer_class() -> Any:
     "TRL's `GRPOTrainer` behind our mixins."
     from trl import GRPOTrainer
 
-    from llmbot.training.bot_trainer import ChosenWeights, ClockSchedule, CompleteCheckpoints
+    from llmbot.training.bot_trainer import ChosenWeights, ClockSchedule, CompleteCheckpoints, SafeTrainer
 
-    mixins = (CompleteCheckpoints, ClockSchedule, ChosenWeights, PolicyMixin, ResumableSampling, GreedyEvaluation)
-    return type("PolicyTrainer", (*mixins, GRPOTrainer), {"__doc__": "The loop under `grpo`; made by `policy_trainer`."})
+    mixins = (SafeTrainer, CompleteCheckpoints, ClockSchedule, ChosenWeights, PolicyMixin, ResumableSampling, GreedyEvaluation)
+    return type("PolicyTrainer", (*mixins, GRPOTrainer), {"__doc__": "The loop under `grpo`; made by `policy_trainer`.", "row_unit": 0})
 
 
 def policy_trainer(
@@ -351,7 +351,7 @@ def policy_trainer(
     from trl import GRPOConfig
     from trl.trainer.utils import add_fused_lm_head
 
-    from llmbot.training.bot_trainer import choose_weights
+    from llmbot.training.bot_trainer import choose_weights, safeguard
     from llmbot.training.callbacks import TimeBudget
 
     reference = copy.deepcopy(run.model).eval().requires_grad_(False) if settings.beta and not settings.adapter else None
@@ -364,6 +364,7 @@ def policy_trainer(
         add_fused_lm_head(reference, temperature=settings.temperature)
         trainer.ref_model = trainer.accelerator.prepare_model(reference, evaluation_mode=True)
     choose_weights(trainer, run)
+    safeguard(trainer, run)
     trainer.remove_callback(PrinterCallback)  # progress is shown by the run's own callbacks
     if minutes := run.config.training.max_minutes:
         trainer.budget = TimeBudget(minutes)

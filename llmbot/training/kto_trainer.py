@@ -142,11 +142,12 @@ def kto_trainer_class(
 
     from llmbot.training.bot_trainer import ChosenWeights, ClockSchedule, CompleteCheckpoints, HonestEvaluation, Paced
     from llmbot.training.preference_trainer import cached_reference, evaluating, weights_digest
+    from llmbot.training.safeguards import SafeTrainer
 
-    class UnpairedTrainer(CompleteCheckpoints, ClockSchedule, ChosenWeights, Paced, HonestEvaluation, KTOTrainer):
+    class UnpairedTrainer(SafeTrainer, CompleteCheckpoints, ClockSchedule, ChosenWeights, Paced, HonestEvaluation, KTOTrainer):
         "The loop under `kto`; made by `kto_trainer`."
 
-        tokens_seen, reference_computed = 0, 0
+        tokens_seen, reference_computed, row_unit = 0, 0, 0
 
         def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
             return dataset.add_column("KL_completion_ids", rotated(dataset["completion_ids"][:], args.per_device_train_batch_size))
@@ -183,6 +184,7 @@ def kto_trainer(run: TrainingRun) -> Any:  # ready for `.train()`
     from trl import KTOConfig
 
     from llmbot.training.bot_trainer import choose_weights
+    from llmbot.training.safeguards import safeguard
     from llmbot.training.callbacks import TimeBudget
     from llmbot.training.lora_trainer import adapt
     from llmbot.training.preference_trainer import say
@@ -209,6 +211,7 @@ def kto_trainer(run: TrainingRun) -> Any:  # ready for `.train()`
     )
     trainer.run, run.data.validation = run, trainer.eval_dataset
     choose_weights(trainer, run)
+    safeguard(trainer, run)
     trainer.remove_callback(PrinterCallback)  # progress is shown by the run's own callbacks
     if minutes := run.config.training.max_minutes:
         trainer.budget = TimeBudget(minutes)

@@ -189,6 +189,7 @@ def as_reference(model: torch.nn.Module) -> Iterator[None]:
 class PairScoring(BotTrainer):
     "A trainer that sees pairs with the eyes of policy and reference."
 
+    row_unit = 2  # a chosen answer and its rejected one
     reference_model: torch.nn.Module | None = None  # a frozen copy
     reference_computed: int = 0  # rows whose reference was computed, not read, before the training
 

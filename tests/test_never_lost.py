@@ -1,0 +1,357 @@
+"""Runs that are killed at random moments, also while they write, end with the bits of a run that nothing happened to."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from llmbot.core.config import Config
+from llmbot.core.config_io import load_config, save_config
+from llmbot.core.errors import TrainingError
+from llmbot.training.bot_trainer import BotTrainer
+from llmbot.training.checkpoints import STAGING, checkpoint_fault, checkpoints_in
+from llmbot.training.control import Interrupted, Terminated, TrainingControl, TrainingStopped
+from llmbot.training.self_test import (
+    SelfTest,
+    differences,
+    kill_and_resume,
+    ready,
+    self_test,
+    start_child,
+    to_the_end,
+    train_child,
+)
+from llmbot.training.trainer import run_directory, train
+
+QUIET = Console(quiet=True)
+
+
+def write_chats(path: Path) -> Path:
+    "Sixty conversations in varied lengths."
+    rows = [
+        {"messages": [{"role": "user", "content": f"{a} {b}" + "?" * n}, {"role": "assistant", "content": f"{b} {a}" * (n + 1)}]}
+        for a in ("red", "blue", "green", "grey") for b in ("fish", "bird", "cat", "dog", "cow") for n in range(3)
+    ]  # fmt: skip
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return path
+
+
+def recipe(home: Path, **changes: object) -> Config:
+    home.mkdir(exist_ok=True)
+    settings = {
+        "model.preset": "qwen3-0.2m", "model.vocab_size": 300, "model.device": "cpu", "training.method": "sft",
+        "training.output_dir": home / "bot", "training.max_steps": 9, "training.save_steps": 1, "training.logging_steps": 2,
+        "training.per_device_batch_size": 4, "training.precision": "fp32", "training.packing": False, "data.validation_split": 0,
+        "data.train": f"[{write_chats(home / 'chats.jsonl')}]", "data.cache_dir": home / "cache", "data.max_seq_length": 48, **changes,
+    }  # fmt: skip
+    return load_config(None, overrides=[f"{k}={v}" for k, v in settings.items()], env={})
+
+
+def written(home: Path, **changes: object) -> tuple[Path, Config]:
+    "A recipe's file and its config."
+    cfg = recipe(home, **changes)
+    save_config(cfg, home / "recipe.yaml")
+    return home / "recipe.yaml", cfg
+
+
+RECIPES: dict[str, dict[str, object]] = {
+    "scratch": {"training.method": "scratch", "training.gradient_accumulation_steps": 2},
+    "sft": {"training.max_steps": 20},  # two passes over the data
+    "packed": {"training.packing": True, "training.per_device_batch_size": 2, "training.max_steps": 12},
+    "streaming": {"data.streaming": True, "training.max_steps": 20},  # the stream ends on the way, and begins again
+    "lora": {"training.method": "lora", "lora.dropout": 0.1},
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    "A bot for the methods that start from one."
+    return train(recipe(tmp_path_factory.mktemp("base"), **{"training.max_steps": 2}), console=QUIET).bot
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RECIPES)
+def test_killed_at_ten_random_moments_is_bit_equal(tmp_path: Path, base: Path, name: str) -> None:
+    "One run in peace, one killed ten times and resumed each time: equal weights, equal losses."
+    changes = RECIPES[name]
+    if name == "lora":
+        changes = changes | {"model.base": base, "model.preset": "null", "model.vocab_size": 4096}
+    whole, cfg = written(tmp_path / "whole", **changes)
+    killed, other = written(tmp_path / "killed", **changes)
+    (process := start_child(whole, ready)).join()
+    assert process.exitcode == 0
+    seconds = to_the_end(whole)
+    seed, found = random.randrange(2**32), SelfTest()
+    kill_and_resume(killed, seconds, 10, random.Random(seed), found)
+    assert found.kills == 10
+    left, right = Path(cfg.training.output_dir), Path(other.training.output_dir)
+    assert list(differences(left, right)) == [], f"seed {seed}: {found}"
+
+
+def dying_child(path: str, function: str, call: int) -> None:
+    "A run that kills itself at one call of a function of `os`, which is in the middle of writing."
+    real, count = getattr(os, function), [0]
+
+    def deadly(*arguments: object, **more: object) -> object:
+        count[0] += 1
+        if count[0] == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*arguments, **more)
+
+    setattr(os, function, deadly)
+    train_child(path)
+
+
+@pytest.mark.slow
+def test_killed_while_it_writes_is_bit_equal(tmp_path: Path) -> None:
+    "Killed in the first flush of a checkpoint, between flush and rename, and after it; nothing half-written is ever taken."
+    whole, cfg = written(tmp_path / "whole")
+    killed, other = written(tmp_path / "killed")
+    to_the_end(whole)
+    checkpoints = run_directory(other.training.output_dir) / "checkpoints"
+    staged = 0
+    for function, call in (("fsync", 12), ("rename", 2), ("fsync", 30), ("rename", 1), ("rename", 3)):
+        process = start_child(killed, dying_child, function, call)
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        staged += (checkpoints / STAGING).exists()
+        assert [checkpoint_fault(p) for p in checkpoints_in(checkpoints)] == [None] * len(checkpoints_in(checkpoints))
+    assert staged >= 3, "the kills fell into the writing of checkpoints"
+    to_the_end(killed)
+    assert list(differences(Path(cfg.training.output_dir), Path(other.training.output_dir))) == []
+
+
+def test_damaged_checkpoints_are_passed_over_and_said(tmp_path: Path) -> None:
+    "A flipped bit, a missing file: the run goes on from the newest whole checkpoint, and ends as if nothing had been."
+    whole = train(recipe(tmp_path / "whole"), console=QUIET)
+    cfg = recipe(tmp_path / "hurt", **{"training.save_total_limit": 9})
+    hurt = train(cfg, console=QUIET)
+    shutil.rmtree(hurt.bot)
+    nine, eight, *_ = checkpoints_in(hurt.run_dir / "checkpoints")
+    weights = bytearray((nine / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (nine / "model.safetensors").write_bytes(weights)
+    (eight / "optimizer.pt").unlink()
+    console = Console(record=True, width=200, file=open(os.devnull, "w"))  # noqa: SIM115
+    train(cfg, resume=True, console=console)
+    said = console.export_text()
+    assert "passed over checkpoint-9: the content of model.safetensors is not what was written" in said
+    assert "passed over checkpoint-8: optimizer.pt is missing" in said
+    assert "resuming from checkpoint-7" in said
+    assert list(differences(whole.bot, hurt.bot)) == []
+
+
+@pytest.mark.parametrize(("number", "error"), [(signal.SIGINT, Interrupted), (signal.SIGTERM, Terminated)])
+def test_a_signal_ends_the_step_and_saves(tmp_path: Path, number: int, error: type[BaseException]) -> None:
+    "From Python: the exception that one expects, handlers as before, and a run that goes on to the same bits."
+    from transformers import TrainerCallback
+
+    from llmbot.training import trainer as orchestrator
+
+    class Sender(TrainerCallback):
+        def on_step_begin(self, args: object, state: object, control: object, **kwargs: object) -> None:
+            if state.global_step == 4:  # type: ignore[attr-defined]
+                os.kill(os.getpid(), number)
+
+    whole = train(recipe(tmp_path / "whole", **{"training.save_steps": 100}), console=QUIET)
+    cfg, before = recipe(tmp_path / "stopped", **{"training.save_steps": 100}), signal.getsignal(number)
+    make = orchestrator.make_callbacks
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(orchestrator, "make_callbacks", lambda *a: (lambda t, c: (t, [*c, Sender()]))(*make(*a)))
+        with pytest.raises(error):
+            train(cfg, console=QUIET)
+    assert signal.getsignal(number) is before
+    assert [p.name for p in checkpoints_in(run_directory(cfg.training.output_dir) / "checkpoints")] == ["checkpoint-5"]
+    resumed = train(cfg, resume=True, console=QUIET)
+    assert list(differences(whole.bot, resumed.bot)) == []
+
+
+def test_control_from_another_thread(tmp_path: Path) -> None:
+    "Pause, ask, change the rate, go on, stop; then the run is resumed with the changed rate."
+    cfg = recipe(tmp_path, **{"training.max_steps": 100000, "training.lr_scheduler_type": "constant", "training.warmup_steps": 0,
+                              "training.save_steps": 100000, "training.logging_steps": 1})
+    control, seen = TrainingControl(), {}
+
+    def steer() -> None:
+        while control.step < 2:
+            pass
+        control.pause()
+        seen["answer"] = control.sample("red fish", timeout=120)
+        seen["step"] = control.step
+        control.set_learning_rate(1e-5)
+        control.sample("x", timeout=120)  # served after the rate, in order
+        seen["held"] = control.step
+        control.resume()
+        while control.step < seen["held"] + 3:
+            pass
+        control.stop()
+
+    thread = threading.Thread(target=steer)
+    thread.start()
+    with pytest.raises(TrainingStopped, match="--resume"):
+        train(cfg, control=control, console=QUIET)
+    thread.join()
+    assert isinstance(seen["answer"], str)
+    assert seen["step"] == seen["held"], "no step while paused"
+    step = control.step
+    result = train(recipe(tmp_path, **{"training.max_steps": step + 2, "training.lr_scheduler_type": "constant", "training.warmup_steps": 0,
+                                       "training.save_steps": 100000, "training.logging_steps": 1}), resume=True, console=QUIET)
+    rates = {e["step"]: e["learning_rate"] for e in result.history if "learning_rate" in e}
+    assert rates[seen["held"]] > 1e-4
+    assert rates[seen["held"] + 2] == pytest.approx(1e-5)
+    assert rates[step + 2] == pytest.approx(1e-5)
+
+
+def test_finish_writes_the_bot(tmp_path: Path) -> None:
+    control = TrainingControl()
+    control.finish()
+    result = train(recipe(tmp_path), control=control, console=QUIET)
+    assert result.steps == 1
+    assert (result.bot / "config.json").is_file()
+
+
+FULL = """
+import resource, sys
+from rich.console import Console
+from llmbot.core.config_io import load_config
+from llmbot.core.errors import TrainingError
+from llmbot.training.trainer import train
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))
+try:
+    train(load_config(sys.argv[1], env={}), console=Console(quiet=True))
+except TrainingError as error:
+    print(error)
+    sys.exit(5)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("limit", [500_000, 900_000])  # model.safetensors does not fit; optimizer.pt does not
+def test_full_disk_is_said(tmp_path: Path, limit: int) -> None:
+    path, cfg = written(tmp_path)
+    done = subprocess.run([sys.executable, "-c", FULL, str(path), str(limit)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 5, done.stderr
+    assert "Cannot write a checkpoint" in done.stdout
+    assert not list((run_directory(cfg.training.output_dir) / "checkpoints").glob("*"))
+
+
+def test_directory_removed_while_training(tmp_path: Path) -> None:
+    "The weights in memory are good, so the run goes on, and says what happened; it can be resumed as well."
+    from transformers import TrainerCallback
+
+    from llmbot.training import trainer as orchestrator
+
+    cfg = recipe(tmp_path)
+    run_dir = run_directory(cfg.training.output_dir)
+
+    class Remover(TrainerCallback):
+        def on_step_begin(self, args: object, state: object, control: object, **kwargs: object) -> None:
+            if state.global_step == 5:  # type: ignore[attr-defined]
+                shutil.rmtree(run_dir)
+
+    make, said = orchestrator.make_callbacks, Console(record=True, width=300, file=open(os.devnull, "w"))  # noqa: SIM115
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(orchestrator, "make_callbacks", lambda *a: (lambda t, c: (t, [*c, Remover()]))(*make(*a)))
+        first = train(cfg, console=said)
+    assert "was removed while training" in said.export_text()
+    shutil.rmtree(first.bot)
+    assert train(cfg, resume=True, console=QUIET).steps == 9
+
+
+def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
+    cfg = recipe(tmp_path, **{"data.streaming": True, "training.max_steps": 2})
+    first = train(cfg, console=QUIET)
+    shutil.rmtree(first.bot)
+    kept = first.run_dir / "tokenizer" / "tokenizer.json"
+    kept.write_text(json.dumps(json.loads(kept.read_text()) | {"normalizer": {"type": "Lowercase"}}))
+    with pytest.raises(TrainingError, match="tokenizer, or its chat template, changed"):
+        train(cfg, resume=True, console=QUIET)
+
+
+def test_a_streams_changed_file_is_refused(tmp_path: Path) -> None:
+    cfg = recipe(tmp_path, **{"data.streaming": True, "training.max_steps": 2})
+    first = train(cfg, console=QUIET)
+    shutil.rmtree(first.bot)
+    with (tmp_path / "chats.jsonl").open("a") as file:
+        file.write('{"messages": [{"role": "user", "content": "new"}, {"role": "assistant", "content": "row"}]}\n')
+    with pytest.raises(TrainingError, match="changed"):
+        train(cfg, resume=True, console=QUIET)
+
+
+def test_halved_batch_goes_on_at_the_same_global_batch(tmp_path: Path) -> None:
+    "The same rows in each step, so the same losses but for rounding."
+    whole = train(recipe(tmp_path / "whole", **{"training.logging_steps": 1}), console=QUIET)
+    cfg = recipe(tmp_path / "half", **{"training.logging_steps": 1, "training.save_total_limit": 9})
+    first = train(cfg, console=QUIET)
+    shutil.rmtree(first.bot)
+    for path in checkpoints_in(first.run_dir / "checkpoints")[:5]:
+        shutil.rmtree(path)
+    halved = {"training.logging_steps": 1, "training.per_device_batch_size": 2, "training.gradient_accumulation_steps": 2}
+    resumed = train(recipe(tmp_path / "half", **halved, **{"training.save_total_limit": 9}), resume=True, console=QUIET)
+    both = [[e["loss"] for e in r.history if "loss" in e] for r in (whole, resumed)]
+    assert both[0] == pytest.approx(both[1], abs=1e-4)
+    assert len(both[0]) == 9
+
+
+@pytest.mark.slow
+def test_self_test_of_a_recipe(tmp_path: Path) -> None:
+    seen = self_test(recipe(tmp_path), kills=2, steps=3, seed=3)
+    assert seen.passed
+    assert seen.kills == 2
+
+
+def test_a_run_that_diverges_stops_with_a_diagnosis(tmp_path: Path) -> None:
+    "Far too high a rate: the run ends, says where, keeps the rows, and no checkpoint has a weight that is no number."
+    wild = {"training.learning_rate": 1e4, "training.max_grad_norm": 0, "training.optimizer": "sgd", "training.max_steps": 60}
+    cfg = recipe(tmp_path, **wild, **{"training.warmup_steps": 0})
+    with pytest.raises(TrainingError, match=r"Stopped at step \d+: the loss") as caught:
+        train(cfg, console=QUIET)
+    run_dir = run_directory(cfg.training.output_dir)
+    [path] = run_dir.glob("diverged-at-step-*.json")
+    assert str(path) in str(caught.value)
+    facts = json.loads(path.read_text())
+    assert facts["learning_rate"] > 1000
+    assert any(word in text for text in facts["batches"][0]["input_ids"] for word in ("fish", "bird", "cat", "cow", "dog"))
+    for checkpoint in checkpoints_in(run_dir / "checkpoints"):
+        assert all(t.isfinite().all() for t in load_file(checkpoint / "model.safetensors").values())
+
+
+def starve(patch: pytest.MonkeyPatch, fits: int) -> None:
+    "A forward pass that fails above a number of rows, and leaves half-made gradients as a failed backward pass does."
+    real = BotTrainer.compute_loss
+
+    def compute_loss(self: BotTrainer, model: torch.nn.Module, inputs: dict[str, torch.Tensor], *args: object, **kwargs: object) -> object:
+        if len(inputs["input_ids"]) > fits:
+            for p in model.parameters():
+                p.grad = torch.full_like(p, 7.0) if p.grad is None else p.grad + 7.0
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried.")
+        return real(self, model, inputs, *args, **kwargs)
+
+    patch.setattr(BotTrainer, "compute_loss", compute_loss)
+
+
+def test_too_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    "With auto_batch_size the same losses and weights but for rounding; without it, figures and three ways out."
+    changes = {"training.logging_steps": 1, "training.gradient_accumulation_steps": 2, "training.max_steps": 5}
+    whole = train(recipe(tmp_path / "whole", **changes), console=QUIET)
+    starve(monkeypatch, fits=1)
+    less = train(recipe(tmp_path / "less", **changes, **{"training.auto_batch_size": True}), console=QUIET)
+    both = [[e["loss"] for e in r.history if "loss" in e] for r in (whole, less)]
+    assert both[0] == pytest.approx(both[1], abs=1e-4)
+    left, right = (load_file(r.bot / "model.safetensors") for r in (whole, less))
+    for name in left:
+        torch.testing.assert_close(left[name], right[name], atol=2e-3, rtol=0)
+    with pytest.raises(TrainingError, match="Out of memory at step 1, with 4 rows") as caught:
+        train(recipe(tmp_path / "off", **changes), console=QUIET)
+    assert str(caught.value).count("MiB less") == 3
+    assert "training.per_device_batch_size=2" in str(caught.value)
