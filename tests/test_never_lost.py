@@ -70,7 +70,27 @@ RECIPES: dict[str, dict[str, object]] = {
     "packed": {"training.packing": True, "training.per_device_batch_size": 2, "training.max_steps": 12},
     "streaming": {"data.streaming": True, "training.max_steps": 20},  # the stream ends on the way, and begins again
     "lora": {"training.method": "lora", "lora.dropout": 0.1},
+    "dpo": {"training.method": "dpo", "data.max_seq_length": 128},
+    "kto": {"training.method": "kto", "data.max_seq_length": 128},
+    "grpo": {"training.method": "grpo", "method.reward": "llmbot.monitoring.rewards:exact_answer", "method.max_new_tokens": 4,
+             "method.num_generations": 2},
 }
+
+
+def write_rows(path: Path, method: str) -> Path:
+    "Sums as pairs, as labelled answers, or as questions with a reference."
+    made: list[dict[str, object]] = []
+    for a in range(8):
+        for b in range(8):
+            ask, right, wrong = f"What is {a} + {b}?", str(a + b), str(a + b + 1)
+            if method == "dpo":
+                made.append({"prompt": ask, "chosen": right, "rejected": wrong})
+            elif method == "kto":
+                made += [{"prompt": ask, "completion": text, "label": good} for text, good in ((right, True), (wrong, False))]
+            else:
+                made.append({"prompt": ask, "answer": right})
+    path.write_text("".join(json.dumps(row) + "\n" for row in made))
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -84,8 +104,10 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_killed_at_ten_random_moments_is_bit_equal(tmp_path: Path, base: Path, name: str) -> None:
     "One run in peace, one killed ten times and resumed each time: equal weights, equal losses."
     changes = RECIPES[name]
-    if name == "lora":
+    if name in ("lora", "dpo", "kto", "grpo"):
         changes = changes | {"model.base": base, "model.preset": "null", "model.vocab_size": 4096}
+    if name in ("dpo", "kto", "grpo"):
+        changes = changes | {"data.train": f"[{write_rows(tmp_path / 'rows.jsonl', name)}]"}
     whole, cfg = written(tmp_path / "whole", **changes)
     killed, other = written(tmp_path / "killed", **changes)
     (process := start_child(whole, ready)).join()
