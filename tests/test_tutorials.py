@@ -23,4 +23,5 @@ def test_tutorial_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_there_are_tutorials() -> None:
-    assert {p.stem for p in TUTORIALS} >= {"01_your_first_chatbot", "02_look_at_your_data"}
+    assert {p.stem for p in TUTORIALS} >= {
+        "01_your_first_chatbot", "02_look_at_your_data", "03_fine_tune_and_read_the_curves", "06_your_own_training_method"}

@@ -177,7 +177,7 @@ def faults_of(
             inside = prefix + "".join(f"{part}." for part in path)
             faults += [Fault(", ".join(inside + k for k in c.keys), None, c.why) for c in found["ctx"]["conflicts"]]
         elif setting:
-            given = None if setting.secret else shorten(found["input"])
+            given = None if setting.secret or found["type"].startswith("missing") else shorten(found["input"])
             faults.append(Fault(key, given, f"expected {setting.expected}"))
         elif found["type"] in ("unexpected_keyword_argument", "no_such_attribute"):
             sections = {k.partition(".")[0]: None for k in known if "." in k}
