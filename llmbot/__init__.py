@@ -4,9 +4,16 @@ The names below are the whole way in one place; each is imported when it is firs
 """
 
 from importlib import import_module
+from logging import getLogger
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+# Where bitsandbytes is installed, importing PEFT says that an optional kernel is missing, and int8 says for every layer that it
+# computes in fp16. Neither is news to act on.
+_KNOWN = ("Failed to load CPU gemm_4bit_forward", "MatMul8bitLt: inputs will be cast")
+for _module in ("backends.cpu.ops", "autograd._functions"):
+    getLogger(f"bitsandbytes.{_module}").addFilter(lambda record: not record.getMessage().startswith(_KNOWN))
 
 _WHERE = {
     "Config": "llmbot.core.config",

@@ -185,7 +185,7 @@ def documents_leak(
 ) -> float:  # largest difference of logits, in their standard deviations; 0 where documents are apart
     "How much the second document of a packed row changes with the first."
     drawn = torch.Generator().manual_seed(0)
-    vocab, length = model.get_input_embeddings().num_embeddings, 8
+    vocab, length = model.config.vocab_size, 8
     rows = torch.randint(vocab, (2, 2 * length), generator=drawn)
     rows[1, length:] = rows[0, length:]
     positions = torch.arange(length).repeat(2).expand(2, -1)

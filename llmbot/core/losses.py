@@ -94,7 +94,7 @@ def loss_difference(
     import torch
 
     drawn = torch.Generator().manual_seed(0)
-    vocab = model.get_input_embeddings().num_embeddings
+    vocab = model.config.vocab_size
     ids = torch.randint(vocab, (2, 8), generator=drawn).to(model.device)
     was_training, state = model.training, torch.random.get_rng_state()
     model.train()
