@@ -13,7 +13,6 @@ from llmbot.core.config_io import load_config
 from llmbot.core.errors import ConfigError, LLMBotError
 from llmbot.core.packing import IGNORED
 from llmbot.training.lr_find import aside, lr_find
-from llmbot.training.methods import method_names
 from llmbot.training.show import show_batch, show_results
 from llmbot.training.trainer import train
 
@@ -98,7 +97,6 @@ def test_nothing_stays_of_a_look(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "sums.jsonl"]
 
 
-@pytest.mark.skipif("dpo" not in method_names(), reason="the method is not there")
 def test_pairs_show_both_answers(tmp_path: Path) -> None:
     pairs = [{"prompt": f"{i}?", "chosen": f"yes {i}", "rejected": f"no, never {i}"} for i in range(30)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'data_app', 'Bot', 'Overrides', 'Recipe', 'print_version', 'options', 'complete_bot', 'settle',
-           'quiet_libraries', 'inspect_data', 'inspect', 'evaluate', 'one_answer', 'piped_text', 'chat',
+           'quiet_libraries', 'inspect_data', 'inspect', 'show_batch', 'evaluate', 'one_answer', 'piped_text', 'chat',
            'import_readline', 'serve', 'main']
 
 # %% ../../nbs/app/90_cli.ipynb #6b8c0f9d
@@ -125,6 +125,18 @@ def inspect(
         raise typer.Exit(DataError.exit_code if report.errors else 0)
     report.print(terminal(), samples)
     report.raise_if_fatal()
+
+# %% ../../nbs/app/90_cli.ipynb #94bb8593
+@data_app.command("show-batch")
+def show_batch(
+    arguments: Arguments = None,
+    rows: Annotated[int, typer.Option("--rows", "-n", min=1, help="Rows, or pairs, to show.")] = 4,
+) -> None:
+    "Show a training batch as the trainer gets it: what is learned, what is not, what is padding."
+    cfg = check_config(read_arguments(arguments), "train")
+    from llmbot.training.show import show_batch as run
+
+    terminal().print(run(cfg, rows))
 
 # %% ../../nbs/app/90_cli.ipynb #3335f829
 @app.command()

@@ -236,7 +236,8 @@ class SafeTrainer(Safeguards):
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         "Save, unless a weight is no number."
-        trained = [p.detach() for p in self.model.parameters() if p.requires_grad]
+        whole = [p.detach() for p in self.model.parameters() if p.requires_grad]
+        trained = [p.to_local() if hasattr(p, "to_local") else p for p in whole]  # of shards, those of this process
         if trained and not torch.stack([torch.isfinite(p).all() for p in trained]).all():
             raise diagnose(self, "a weight is no number", [inputs for _, inputs in getattr(self, "seen", [])], self.grad_norm)
         super()._save_checkpoint(model, trial)
