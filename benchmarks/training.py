@@ -13,6 +13,7 @@ result. With `--trl`, TRL's `SFTTrainer` runs as a third peer of `sft`.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import random
@@ -136,7 +137,8 @@ def bare(cfg: Config, root: Path) -> tuple[float, float, float]:
     with tempfile.TemporaryDirectory(dir=root) as tmp:
         run = prepare_run(cfg, method, Path(tmp), False, QUIET)
         trainer, steps = method.build(run), cfg.training.max_steps or 1
-        batches = iter(trainer.get_train_dataloader())
+        loader = trainer.get_train_dataloader()
+        batches = itertools.chain.from_iterable(itertools.repeat(loader))  # as many epochs as it takes
         model, t = run.model.train(), run.config.training
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(

@@ -16,6 +16,7 @@ from llmbot.core.config_io import load_config
 from llmbot.core.errors import ConfigError
 from llmbot.core.losses import chunk_loss
 from llmbot.core.packing import Collator
+from llmbot.training import methods
 from llmbot.training.bot_trainer import BotTrainer, Pace
 from llmbot.training.checkpoints import latest_checkpoint
 from llmbot.training.methods import get_method, register_method, training_arguments
@@ -384,3 +385,19 @@ def test_a_setting_that_a_trainer_does_not_know_is_refused(tmp_path: Path, setti
     name = next(iter(setting)).removeprefix("training.")
     with pytest.raises(ConfigError, match=f"{name} does nothing for 'plain'"):
         train(recipe(tmp_path, **{"training.method": "plain"}, **setting), console=QUIET)
+
+
+def test_compiled_model_learns_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    "Captured by torch.compile; without its C++ compiler, which takes minutes and is PyTorch's own affair."
+    arguments, backends = methods.efficiency_arguments, {False: {}, True: {"torch_compile_backend": "eager"}}
+    monkeypatch.setattr(methods, "efficiency_arguments", lambda cfg: arguments(cfg) | backends[cfg.training.torch_compile])
+    losses = []
+    for compiled in (False, True):
+        (home := tmp_path / str(compiled)).mkdir()
+        changes = {"training.torch_compile": compiled, "training.max_steps": 2, "training.packing": False}
+        torch._dynamo.utils.counters.clear()
+        result = train(recipe(home, **changes), console=QUIET)
+        losses.append([e["loss"] for e in result.history if "loss" in e])
+        assert not any("_orig_mod" in name for name in weights_of(result))
+        assert (torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0) == compiled
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
