@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RESOLUTION', 'B', 'T', 'follow_clock', 'ClockSchedule', 'HonestEvaluation', 'EarlyStopping', 'AverageCallback',
            'ChosenWeights', 'choose_weights', 'Pace', 'Paced', 'supervised', 'BotTrainer', 'evaluate_rows', 'fuse_loss',
-           'served', 'bot_trainer']
+           'served', 'managed', 'bot_trainer']
 
 # %% ../../nbs/training/45_bot_trainer.ipynb #10e04524
 import time
@@ -321,15 +321,30 @@ def served(
         raise ConfigError(f"training.{lost[0]} does nothing for '{method}', whose trainer does not take it: drop {', '.join(lost)}.")
     return trainer
 
+# %% ../../nbs/training/45_bot_trainer.ipynb #6c058ce9
+def managed(
+    trainer: Any,  # with the mixins above, not yet trained
+    run: TrainingRun,  # its run
+) -> Any:  # the trainer
+    "Give a trainer what all methods share. Raises `ConfigError`."
+    minutes, warmup = run.config.training.max_minutes, run.config.training.warmup_steps
+    if minutes and warmup >= 1:
+        raise ConfigError("training.warmup_steps counts steps, which training.max_minutes cannot know: use a share below 1.")
+    trainer.run = run
+    choose_weights(trainer, run)
+    safeguard(trainer, run)
+    trainer.remove_callback(PrinterCallback)  # progress is shown by the run's own callbacks
+    if minutes:
+        trainer.budget = TimeBudget(minutes)
+        trainer.add_callback(trainer.budget)
+    return trainer
+
 # %% ../../nbs/training/45_bot_trainer.ipynb #228e7b5d
 def bot_trainer(
     run: TrainingRun,  # the prepared run
     kind: type[B] = BotTrainer,  # a child of it, for a method with a loss of its own
 ) -> B:  # ready for `.train()`
     "The trainer of every method that predicts the next token of prepared rows."
-    minutes, warmup = run.config.training.max_minutes, run.config.training.warmup_steps
-    if minutes and warmup >= 1:
-        raise ConfigError("training.warmup_steps counts steps, which training.max_minutes cannot know: use a share below 1.")
     trainer = kind(
         model=run.model,
         args=TrainingArguments(**training_arguments(run), use_liger_kernel=fuse_loss(run, kind) == "liger"),
@@ -339,14 +354,7 @@ def bot_trainer(
         processing_class=run.tokenizer,
         callbacks=list(run.callbacks),
     )
-    trainer.run = run
-    choose_weights(trainer, run)
     choose_batches(trainer, run.config)
     if run.data.report.settings.get("packing"):
         check_isolation(run.model, trainer.accelerator.autocast())
-    safeguard(trainer, run)
-    trainer.remove_callback(PrinterCallback)  # progress is shown by the run's own callbacks
-    if minutes:
-        trainer.budget = TimeBudget(minutes)
-        trainer.add_callback(trainer.budget)
-    return trainer
+    return managed(trainer, run)

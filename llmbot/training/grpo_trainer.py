@@ -347,29 +347,21 @@ def policy_trainer(
     rewards: list[Reward],  # found
 ) -> Any:  # ready for `.train()`
     "A trainer that samples answers and learns from their rewards. Raises `ConfigError`."
-    from transformers.trainer_callback import PrinterCallback
     from trl import GRPOConfig
     from trl.trainer.utils import add_fused_lm_head
 
-    from llmbot.training.bot_trainer import choose_weights, safeguard
-    from llmbot.training.callbacks import TimeBudget
+    from llmbot.training.bot_trainer import managed
 
     reference = copy.deepcopy(run.model).eval().requires_grad_(False) if settings.beta and not settings.adapter else None
     trainer = policy_trainer_class()(
         model=run.model, reward_funcs=[as_trl(reward, run) for reward in rewards], args=GRPOConfig(**grpo_arguments(run, settings)),
         train_dataset=run.data.train, eval_dataset=run.data.validation, processing_class=run.tokenizer, callbacks=list(run.callbacks),
     )
-    trainer.run, trainer.rewards, trainer.beta, trainer.eos_token_ids = run, rewards, settings.beta, run.chat.stop_token_ids
+    trainer.rewards, trainer.beta, trainer.eos_token_ids = rewards, settings.beta, run.chat.stop_token_ids
     if reference is not None:
         add_fused_lm_head(reference, temperature=settings.temperature)
         trainer.ref_model = trainer.accelerator.prepare_model(reference, evaluation_mode=True)
-    choose_weights(trainer, run)
-    safeguard(trainer, run)
-    trainer.remove_callback(PrinterCallback)  # progress is shown by the run's own callbacks
-    if minutes := run.config.training.max_minutes:
-        trainer.budget = TimeBudget(minutes)
-        trainer.add_callback(trainer.budget)
-    return trainer
+    return managed(trainer, run)
 
 # %% ../../nbs/training/52_grpo_trainer.ipynb #5dd876b3
 @register_method

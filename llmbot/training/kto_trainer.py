@@ -180,12 +180,9 @@ def kto_trainer_class(
 def kto_trainer(run: TrainingRun) -> Any:  # ready for `.train()`
     "A trainer on labelled answers with its reference. Raises `ConfigError`."
     from datasets import Dataset
-    from transformers.trainer_callback import PrinterCallback
     from trl import KTOConfig
 
-    from llmbot.training.bot_trainer import choose_weights
-    from llmbot.training.safeguards import safeguard
-    from llmbot.training.callbacks import TimeBudget
+    from llmbot.training.bot_trainer import managed
     from llmbot.training.lora_trainer import adapt
     from llmbot.training.preference_trainer import say
 
@@ -209,14 +206,8 @@ def kto_trainer(run: TrainingRun) -> Any:  # ready for `.train()`
         model=run.model, ref_model=frozen, args=KTOConfig(**args), train_dataset=rows, eval_dataset=run.data.validation,
         processing_class=run.tokenizer, callbacks=list(run.callbacks),
     )
-    trainer.run, run.data.validation = run, trainer.eval_dataset
-    choose_weights(trainer, run)
-    safeguard(trainer, run)
-    trainer.remove_callback(PrinterCallback)  # progress is shown by the run's own callbacks
-    if minutes := run.config.training.max_minutes:
-        trainer.budget = TimeBudget(minutes)
-        trainer.add_callback(trainer.budget)
-    return trainer
+    run.data.validation = trainer.eval_dataset
+    return managed(trainer, run)
 
 # %% ../../nbs/training/51_kto_trainer.ipynb #9d302685
 @register_method
