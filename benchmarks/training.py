@@ -43,7 +43,7 @@ METHODS = ("scratch", "sft", "lora", "dpo")
 def write_rows(path: Path, method: str, rows: int) -> None:
     "Text for `scratch`, conversations for `sft` and `lora`, pairs for `dpo`, all made here and in lengths that vary."
     rng = random.Random(0)
-    train, _ = demo_rows(0)
+    train = demo_rows(0).train
     words = [w for _, q, a in train for w in f"{q} {a}".split()]
     with path.open("w", encoding="utf-8") as f:
         for _ in range(rows):

@@ -4,13 +4,16 @@
 
 # %% auto #0
 __all__ = ['WIDTH', 'HEIGHT', 'LEFT', 'BOTTOM', 'TICKS', 'Point', 'STYLE', 'curve_points', 'loss_curve', 'html_table',
-           'html_page']
+           'html_page', 'Rung', 'ladder_cells', 'ladder_page', 'folded']
 
 # %% ../../nbs/app/81_report.ipynb #cd295ca8
+import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from html import escape
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 # %% ../../nbs/app/81_report.ipynb #7f1b7d40
 WIDTH, HEIGHT, LEFT, BOTTOM = 640, 240, 48, 28
@@ -86,6 +89,7 @@ h1 { margin-bottom: 0; } h2 { margin-top: 2rem; font-size: 1.15rem; } .lead { op
 table { border-collapse: collapse; width: 100%; }
 th, td { text-align: left; vertical-align: top; padding: .25rem .6rem; border-bottom: 1px solid var(--line); }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
+summary { cursor: pointer; margin: .5rem 0; }
 pre { background: #8882; padding: .8rem; border-radius: 6px; overflow-x: auto; }
 svg { width: 100%; font: 11px system-ui, sans-serif; } svg text { fill: currentColor; opacity: .7; } svg line { stroke: var(--line); }
 svg polyline { fill: none; stroke: var(--ink); stroke-width: 2; } svg circle { fill: none; stroke: currentColor; stroke-width: 1.5; }
@@ -104,3 +108,74 @@ def html_page(
         f"<title>{escape(title)}</title><style>{STYLE}</style></head><body><h1>{escape(title)}</h1>"
         f'<p class="lead">{escape(lead)}</p>{body}</body></html>\n'
     )
+
+# %% ../../nbs/app/81_report.ipynb #f068469d
+@dataclass
+class Rung:
+    "One stage: its bot, its figures on the held-out prompts, its curve and its answers."
+
+    stage: str  # the training method
+    bot: str  # the bot's directory
+    parent: str | None  # the bot that it went on from; None for a new model
+    recipe: str  # the recipe's file
+    rows: dict[str, int]  # skill -> held-out prompts; "all" for all of them
+    correct: dict[str, float]  # skill -> share answered correctly, whatever the style
+    friendly: dict[str, float]  # skill -> share in the preferred style
+    answers: dict[str, str]  # question -> live answer
+    facts: dict[str, Any]  # of the model and of its training
+    history: list[dict[str, Any]]  # what was logged, with its step
+    examples: list[list[str]]  # skill, prompt, expected, answer, whether it is right
+
+    def save(self, path: Path) -> None:
+        "Write it as JSON: aside, then renamed, so that a file that is there is whole."
+        aside = path.with_suffix(".partial")
+        aside.write_text(json.dumps(asdict(self), ensure_ascii=False, indent=1), encoding="utf-8")
+        aside.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        "Read what `save` wrote."
+        return cls(**json.loads(path.read_text(encoding="utf-8")))
+
+# %% ../../nbs/app/81_report.ipynb #62914640
+def ladder_cells(
+    rungs: Sequence[Rung],  # measured on the same prompts
+) -> tuple[list[str], list[list[Any]]]:  # header; a row for each skill, and one for all
+    "For every bot two columns: the share that it answers correctly, and the share in the preferred style."
+    header = ["skill", "prompts", *(f"{Path(r.bot).name}: {what}" for r in rungs for what in ("correct", "friendly"))]
+    rows = [[name, n, *(share for r in rungs for share in (r.correct[name], r.friendly[name]))] for name, n in rungs[0].rows.items()]
+    return header, rows
+
+
+def ladder_page(
+    rungs: Sequence[Rung],  # in the order in which they were made
+    commands: Sequence[str],  # what to do next
+) -> str:  # an HTML document
+    "The report of a ladder: figures side by side, live answers, and for each stage its curve, facts and examples."
+    names = [Path(rung.bot).name for rung in rungs]
+    asked = [(question, *(rung.answers[question] for rung in rungs)) for question in rungs[0].answers]
+    sections = {
+        "What each stage gave, and what it cost": html_table(*ladder_cells(rungs))
+        + "<p>Each prompt is new to all bots. An answer is correct when it is exactly the expected one, but for a friendly ending.</p>",
+        "Live answers": html_table(("question", *names), asked),
+    }
+    for rung, name in zip(rungs, names, strict=True):
+        held_out = next((key for key in ("validation_loss", "eval_loss") if any(key in entry for entry in rung.history)), "validation_loss")
+        origin = f"from {Path(rung.parent).name}" if rung.parent else "from random weights"
+        sections[f"{name}: {rung.stage}, {origin}"] = (
+            loss_curve(curve_points(rung.history, "loss"), curve_points(rung.history, held_out))
+            + "<p>Loss over the steps; the line is training, dots are held-out rows.</p>"
+            + folded("figures of the run", html_table(("what", "value"), list(rung.facts.items())))
+            + folded("some answers, of each skill the wrong ones first",
+                     html_table(("skill", "prompt", "expected", "answer", "right"), rung.examples))
+        )
+    sections["Next"] = "<pre>" + escape("\n".join(commands)) + "</pre>"
+    return html_page("Your first chatbot", "Trained from random weights on this machine, stage by stage.", sections)
+
+
+def folded(
+    summary: str,  # what is in it
+    content: str,  # HTML
+) -> str:  # an HTML element
+    "Something that opens on a click, without a script."
+    return f"<details><summary>{escape(summary)}</summary>{content}</details>"

@@ -27,7 +27,7 @@ class AnsweredRow:
     prompt: str  # the last thing that was said to the bot
     reference: str
     answer: str
-    correct: bool  # exact match
+    correct: bool  # full marks from the first metric that scores single rows
     group: str = ""
     where: str = ""  # file and line
 
@@ -112,6 +112,6 @@ def report_html(report: EvaluationReport) -> str:
 
     header, body, notes = _lines(report)
     shown = [[e.group, e.prompt, e.reference, e.answer, "yes" if e.correct else "no"] for e in report.examples]
-    answers = table(["group", "prompt", "reference", "answer", "exact match"], shown)
+    answers = table(["group", "prompt", "reference", "answer", "right"], shown)
     folded = f"<details><summary>{len(shown)} answers</summary>{answers}</details>" if shown else ""
     return f"<b>Evaluation of {escape(report.bot)}</b>{table(header, body)}<p>{'<br>'.join(map(escape, notes.splitlines()))}</p>{folded}"
