@@ -27,7 +27,7 @@ from ..core.config import Config, ServingConfig
 from ..core.config_io import load_config, save_config
 from ..core.errors import TrainingError
 
-# %% ../../nbs/app/84_quickstart.ipynb #38732b4e
+# %% ../../nbs/app/84_quickstart.ipynb #f1ff9385
 STAGES = {"sft": "first-bot", "lora": "skilled-bot", "dpo": "friendly-bot"}  # training method -> directory of its bot, in this order
 SHAPE = {
     "hidden_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
@@ -44,6 +44,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
     "dpo": {
         "training.learning_rate": 1e-4, "training.max_steps": 60, "training.per_device_batch_size": 32, "data.train": "preferences",
+        "method.beta": 0.1, "method.sft_weight": 0.2,
     },
 }
 
@@ -64,7 +65,7 @@ def stage_recipe(
         "training.save_steps": 250,
         "training.seed": seed,
         "data.validation_split": 0.02,
-        "data.max_seq_length": 96,
+        "data.max_seq_length": 64,
         **({"model.base": str(home / before)} if before else {}),
         **RECIPES[stage],
     }
@@ -72,7 +73,7 @@ def stage_recipe(
     settings["training.max_steps"] = min(settings["training.max_steps"], max_steps or settings["training.max_steps"])
     return load_config(None, overrides=[f"{key}={json.dumps(value)}" for key, value in settings.items()], env={})
 
-# %% ../../nbs/app/84_quickstart.ipynb #d063dcd3
+# %% ../../nbs/app/84_quickstart.ipynb #49dbe900
 def begun(
     home: Path,  # a quickstart's directory
 ) -> list[str]:  # in the order of the ladder
@@ -170,7 +171,7 @@ def stream_answers(
             console.print()
     return answers
 
-# %% ../../nbs/app/84_quickstart.ipynb #34411403
+# %% ../../nbs/app/84_quickstart.ipynb #22fae91f
 def train_stage(
     home: Path,  # the quickstart's directory
     stage: str,  # has a recipe there
@@ -244,7 +245,7 @@ def ladder_table(
         table.add_row(*(f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in row))
     return table
 
-# %% ../../nbs/app/84_quickstart.ipynb #8e9c1ff2
+# %% ../../nbs/app/84_quickstart.ipynb #1d09433c
 @dataclass
 class QuickstartResult:
     "What a quickstart made and measured."
