@@ -27,7 +27,7 @@ from ..core.config import Config, ServingConfig
 from ..core.config_io import load_config, save_config
 from ..core.errors import TrainingError
 
-# %% ../../nbs/app/84_quickstart.ipynb #f1ff9385
+# %% ../../nbs/app/84_quickstart.ipynb #12e1f480
 STAGES = {"sft": "first-bot", "lora": "skilled-bot", "dpo": "friendly-bot"}  # training method -> directory of its bot, in this order
 SHAPE = {
     "hidden_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
@@ -73,7 +73,7 @@ def stage_recipe(
     settings["training.max_steps"] = min(settings["training.max_steps"], max_steps or settings["training.max_steps"])
     return load_config(None, overrides=[f"{key}={json.dumps(value)}" for key, value in settings.items()], env={})
 
-# %% ../../nbs/app/84_quickstart.ipynb #49dbe900
+# %% ../../nbs/app/84_quickstart.ipynb #74ba64a6
 def begun(
     home: Path,  # a quickstart's directory
 ) -> list[str]:  # in the order of the ladder
@@ -171,7 +171,7 @@ def stream_answers(
             console.print()
     return answers
 
-# %% ../../nbs/app/84_quickstart.ipynb #22fae91f
+# %% ../../nbs/app/84_quickstart.ipynb #68d19da7
 def train_stage(
     home: Path,  # the quickstart's directory
     stage: str,  # has a recipe there
@@ -237,15 +237,15 @@ def ladder_table(
     rungs: Sequence[Rung],  # of the stages
 ) -> Table:  # for rich
     "What every bot of the ladder answers on prompts that training never saw."
-    header, body = ladder_cells(rungs)
-    table = Table(title="Held-out prompts: share answered correctly, and share with a friendly ending", title_justify="left")
+    table = Table(title="Held-out prompts: share answered correctly / share with a friendly ending", title_justify="left")
+    header, correct = ladder_cells(rungs, "correct")
     for i, name in enumerate(header):
         table.add_column(name, justify="right" if i else "left")
-    for row in body:
-        table.add_row(*(f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in row))
+    for (skill, rows, *right), (_, _, *style) in zip(correct, ladder_cells(rungs, "friendly")[1], strict=True):
+        table.add_row(skill, str(rows), *(f"{r:.3f} / {s:.3f}" for r, s in zip(right, style, strict=True)))
     return table
 
-# %% ../../nbs/app/84_quickstart.ipynb #1d09433c
+# %% ../../nbs/app/84_quickstart.ipynb #939cf4db
 @dataclass
 class QuickstartResult:
     "What a quickstart made and measured."

@@ -109,7 +109,7 @@ def html_page(
         f'<p class="lead">{escape(lead)}</p>{body}</body></html>\n'
     )
 
-# %% ../../nbs/app/81_report.ipynb #f068469d
+# %% ../../nbs/app/81_report.ipynb #ee2324e6
 @dataclass
 class Rung:
     "One stage: its bot, its figures on the held-out prompts, its curve and its answers."
@@ -137,14 +137,14 @@ class Rung:
         "Read what `save` wrote."
         return cls(**json.loads(path.read_text(encoding="utf-8")))
 
-# %% ../../nbs/app/81_report.ipynb #62914640
+# %% ../../nbs/app/81_report.ipynb #8906f852
 def ladder_cells(
     rungs: Sequence[Rung],  # measured on the same prompts
+    figure: str,  # "correct" or "friendly"
 ) -> tuple[list[str], list[list[Any]]]:  # header; a row for each skill, and one for all
-    "For every bot two columns: the share that it answers correctly, and the share in the preferred style."
-    header = ["skill", "prompts", *(f"{Path(r.bot).name}: {what}" for r in rungs for what in ("correct", "friendly"))]
-    rows = [[name, n, *(share for r in rungs for share in (r.correct[name], r.friendly[name]))] for name, n in rungs[0].rows.items()]
-    return header, rows
+    "One figure of every bot, skill by skill."
+    header = ["skill", "prompts", *(Path(rung.bot).name for rung in rungs)]
+    return header, [[name, n, *(round(getattr(rung, figure)[name], 3) for rung in rungs)] for name, n in rungs[0].rows.items()]
 
 
 def ladder_page(
@@ -155,8 +155,11 @@ def ladder_page(
     names = [Path(rung.bot).name for rung in rungs]
     asked = [(question, *(rung.answers[question] for rung in rungs)) for question in rungs[0].answers]
     sections = {
-        "What each stage gave, and what it cost": html_table(*ladder_cells(rungs))
-        + "<p>Each prompt is new to all bots. An answer is correct when it is exactly the expected one, but for a friendly ending.</p>",
+        "What each stage gave, and what it cost": "<p>The share of held-out prompts that are answered correctly. Each prompt is new "
+        "to all bots; an answer is correct when it is exactly the expected one, but for a friendly ending.</p>"
+        + html_table(*ladder_cells(rungs, "correct")),
+        "The style": "<p>The share of the same prompts that are answered with a friendly ending.</p>"
+        + html_table(*ladder_cells(rungs, "friendly")),
         "Live answers": html_table(("question", *names), asked),
     }
     for rung, name in zip(rungs, names, strict=True):
