@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Progress', 'LOGITS_BYTES', 'LIKELIHOOD', 'T', 'Question', 'windows', 'add_prompt', 'Reading', 'read_questions',
-           'answers_in_batches', 'answers_from_backend', 'batches_of', 'measure', 'by_group', 'readable',
+           'answers_in_batches', 'answers_from_backend', 'batches_of', 'measure', 'by_group', 'judge', 'readable',
            'check_metrics', 'figures', 'run_apart', 'evaluate_bot']
 
 # %% ../../nbs/evaluation/76_evaluate.ipynb #04216c95
@@ -29,7 +29,7 @@ from ..core.errors import ConfigError, DataError
 from ..core.model_manager import LoadedBot, context_length, load_bot
 from ..core.packing import IGNORED, Encoded
 from .report import AnsweredRow, EvaluationReport, GroupResult
-from ..monitoring.text_metrics import exact_match, get_metric
+from ..monitoring.text_metrics import RowScore, exact_match, get_metric
 from ..serving.backends import GenerationRequest, SamplingParams, create_backend
 
 if TYPE_CHECKING:
@@ -225,11 +225,16 @@ def by_group(questions: Sequence[Question]) -> dict[str, list[int]]:
     return groups
 
 
-def readable(questions: Sequence[Question], answers: Sequence[str], each: int) -> list[AnsweredRow]:
+def judge(metrics: Sequence[str]) -> RowScore:
+    "What decides whether a shown answer is right: the first metric asked for that scores single rows, or exact match."
+    return next((row for name in metrics if name not in LIKELIHOOD and (row := get_metric(name).row)), exact_match)
+
+
+def readable(questions: Sequence[Question], answers: Sequence[str], each: int, score: RowScore) -> list[AnsweredRow]:
     "Up to `each` answers of each group: half of them wrong ones if there are so many, then right ones."
     shown: list[AnsweredRow] = []
     for rows in by_group(questions).values():
-        right = [i for i in rows if exact_match(answers[i], questions[i].reference)]
+        right = [i for i in rows if score(answers[i], questions[i].reference) == 1]
         wrong = [i for i in rows if i not in set(right)]
         few = wrong[: max(each - len(right), (each + 1) // 2)]
         for i in [*few, *right[: each - len(few)]]:
@@ -304,7 +309,7 @@ def evaluate_bot(
     settings = {"backend": backend, "decoding": "greedy", "max_new_tokens": limit, "device": bot.device, "train_on": config.train_on}
     report = EvaluationReport(bot.name, files, len(questions), {}, dropped=dropped, settings=settings)
     _fill_in(report, metrics, bot, questions, [text for text, _ in answered], batch_size if surprise else 0, bool(group_by))
-    report.examples = readable(questions, [text for text, _ in answered], examples) if compare else []
+    report.examples = readable(questions, [text for text, _ in answered], examples, judge(metrics)) if compare else []
     report.unfinished, report.seconds = sum(not ended for _, ended in answered), round(time.perf_counter() - began, 3)
     return report
 
