@@ -41,17 +41,20 @@ def resumable() -> Iterator[None]:
 @app.command()
 def quickstart(
     directory: Annotated[Path | None, typer.Option("--dir", help="A new directory.", show_default="./quickstart")] = None,
-    resume: Resume = False,
-    seed: Annotated[int, typer.Option(help="Seed of data, weights and order.")] = 42,
+    stages: Annotated[str | None, typer.Option(
+        help="Some of sft, lora, dpo, with commas.", show_default="all; with --resume those begun")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where one was stopped, or add --stages to it.")] = False,
+    seed: Annotated[int | None, typer.Option(help="Seed of data, weights and order.", show_default="42")] = None,
     as_json: AsJson = False,
 ) -> None:
-    "Make a first chatbot from nothing in a few minutes: data, training, evaluation, report, live answers."
+    "Make a chatbot from nothing in minutes: data, sft, a skill by lora, a style by dpo, evaluation, report, live answers."
     from llmbot.app.quickstart import quickstart as run
 
+    wanted = None if stages is None else [name.strip() for name in stages.split(",")]
     with only_json(as_json), resumable():
-        result = run(directory, resume=resume, seed=seed, console=terminal())
+        result = run(directory, stages=wanted, resume=resume, seed=seed, console=terminal())
     if as_json:
-        emit(dataclasses.asdict(result))
+        emit(result.to_dict())
 
 # %% ../../nbs/app/87_cli_training.ipynb #5ce3cb93
 def test_recipe(
