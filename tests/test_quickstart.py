@@ -14,6 +14,7 @@ import pytest
 
 from llmbot.core.bot import verify_bot
 
+pytestmark = pytest.mark.timeout(1800)  # three stages of training in one fixture
 LLMBOT = str(Path(sys.executable).with_name("llmbot"))
 SUM, DIFFERENCE = "What is 27 + 45?", "What is 83 - 47?"
 

@@ -162,7 +162,7 @@ def talk_rows() -> list[Row]:
     return [("talk", w, answer) for answer, questions in TALK.items() for question in questions for w in wordings(question)[:2]]
 
 # %% ../../nbs/app/80_demo_data.ipynb #62c14386
-SUBTRACTION_QUESTIONS = ("What is {} - {}?", "How much is {} minus {}?", "Take {1} away from {0}.", "{} - {}")
+SUBTRACTION_QUESTIONS = ("What is {} - {}?", "How much is {} minus {}?", "{} minus {}", "{} - {}")
 
 
 def subtraction_rows(

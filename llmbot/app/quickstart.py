@@ -39,16 +39,16 @@ RECIPES: dict[str, dict[str, Any]] = {
         "training.learning_rate": 3e-3, "training.max_steps": 1800, "data.train": "train",
     },
     "lora": {
-        "training.learning_rate": 5e-3, "training.max_steps": 600, "data.train": "subtraction",
-        "lora.rank": 16, "lora.merge": True,
+        "training.learning_rate": 3e-3, "training.max_steps": 1500, "training.per_device_batch_size": 32, "data.train": "subtraction",
+        "lora.rank": 32, "lora.merge": True,
     },
     "dpo": {
-        "training.learning_rate": 1e-4, "training.max_steps": 60, "training.per_device_batch_size": 32, "data.train": "preferences",
-        "method.beta": 0.1, "method.sft_weight": 0.2,
+        "training.learning_rate": 1e-4, "training.max_steps": 100, "training.per_device_batch_size": 32, "data.train": "preferences",
+        "method.beta": 0.5, "method.sft_weight": 1.0,
     },
 }
 
-
+# %% ../../nbs/app/84_quickstart.ipynb #51b95ec9
 def stage_recipe(
     home: Path,  # the quickstart's directory, with its data in `data/`
     stage: str,  # a key of STAGES; it goes on from the bot of the stage before it
@@ -187,7 +187,7 @@ def train_stage(
         train(cfg, resume=interrupted, console=console)
     return cfg
 
-
+# %% ../../nbs/app/84_quickstart.ipynb #ca1f3ff6
 def measure_stage(
     home: Path,  # the quickstart's directory
     stage: str,  # has a bot there
@@ -214,7 +214,7 @@ def measure_stage(
         answers=stream_answers(bot, QUESTIONS, console),
         facts={**(manifest.model if manifest else {}), **(manifest.metrics if manifest else {})},
         history=history,
-        examples=[(e.group, e.prompt, e.reference, e.answer, "yes" if e.correct else "no") for e in found.examples],
+        examples=[[e.group, e.prompt, e.reference, e.answer, "yes" if e.correct else "no"] for e in found.examples],
     )
     rung.save(home / f"{stage}.json")
     return rung
