@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -73,7 +74,8 @@ def test_deepspeed_takes_the_configuration(strategy: str) -> None:
 
 def test_torchrun_script_starts_the_command() -> None:
     "The script itself, with one process on this machine."
-    environment = os.environ | {"HEAD": "127.0.0.1", "PROCESSES": "1", "PORT": "0", "COLUMNS": "100"}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # where torchrun is, also where no environment is active
+    environment = os.environ | {"HEAD": "127.0.0.1", "PROCESSES": "1", "PORT": "0", "COLUMNS": "100", "PATH": path}
     done = subprocess.run([DEPLOY / "torchrun.sh", "--help"], env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "--nproc" in done.stdout
