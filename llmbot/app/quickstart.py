@@ -39,7 +39,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "training.learning_rate": 3e-3, "training.max_steps": 1800, "data.train": "train",
     },
     "lora": {
-        "training.learning_rate": 3e-3, "training.max_steps": 1500, "training.per_device_batch_size": 32, "data.train": "subtraction",
+        "training.learning_rate": 3e-3, "training.max_steps": 2000, "training.per_device_batch_size": 32, "data.train": "subtraction",
         "lora.rank": 32, "lora.merge": True,
     },
     "dpo": {
