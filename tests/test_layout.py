@@ -12,12 +12,12 @@ import pytest
 ROOT = Path(__file__).parents[1]
 NBS = ROOT / "nbs"
 LAYERS = {  # first and last number of each layer
-    "core": (0, 29),
-    "monitoring": (30, 39),
-    "training": (40, 59),
-    "serving": (60, 74),
-    "evaluation": (75, 79),
-    "app": (80, 99),
+    "core": (0, 99),
+    "monitoring": (100, 199),
+    "training": (200, 299),
+    "serving": (300, 399),
+    "evaluation": (400, 499),
+    "app": (500, 599),
 }
 MAX_CELL, MAX_MODULE = 40, 330
 
@@ -62,7 +62,7 @@ def imports(path: Path) -> set[str]:
 
 
 def number(path: Path) -> int:
-    match = re.match(r"(\d\d)_", path.name)
+    match = re.match(r"(\d\d\d)_", path.name)
     assert match, f"{path} has no number"
     return int(match[1])
 
@@ -74,7 +74,7 @@ def test_there_are_modules() -> None:
 
 @pytest.mark.parametrize("name", MODULES)
 def test_place_and_number(name: str) -> None:
-    "`nbs/<layer>/NN_name.ipynb` exports `<layer>.name`, and NN lies in the layer's range."
+    "`nbs/<layer>/NNN_name.ipynb` exports `<layer>.name`, and NNN lies in the layer's range."
     path = MODULES[name]
     _, layer, module = name.split(".")
     assert path.parent.name == layer
