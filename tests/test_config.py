@@ -81,7 +81,7 @@ NEEDS: dict[str, dict[str, Any]] = {  # settings that mean something only beside
     "data.weights": {"data.train": ["a", "b"]},
     "model.quantization": {"model.base": "a", "training.method": "lora"}, "training.early_stopping_patience": {"training.eval_steps": 5},
     "training.keep_best": {"training.eval_steps": 5}, "training.group_by_length": {"training.packing": False},
-    "training.max_tokens_per_batch": {"training.packing": False}}
+    "training.max_tokens_per_batch": {"training.packing": False}, "serving.rate_limit_storage": {"serving.rate_limit": "60/minute"}}
 LIKELY: dict[str, list[Any]] = {"model.head_dim": [32, 64], "serving.host": ["localhost", "::1"], "data.weights": [[1, 0.5]]}
 
 
@@ -135,7 +135,7 @@ def test_round_trip_reaches_every_setting() -> None:
     "The strategy above is worth something only if it changes every setting at some time."
     touched: set[str] = set()
 
-    @settings(max_examples=700, deadline=None, derandomize=True, database=None)
+    @settings(max_examples=1000, deadline=None, derandomize=True, database=None)
     @given(cfg=configs())
     def collect(cfg: Config) -> None:
         for key, setting in all_settings().items():
@@ -189,7 +189,7 @@ def nudge(monkeypatch: pytest.MonkeyPatch) -> None:
     from pydantic import Field
     from pydantic.dataclasses import dataclass
 
-    from llmbot.core import config
+    from llmbot.core import own_settings
     from llmbot.core.settings import STRICT, section
 
     @section("method")
@@ -198,7 +198,7 @@ def nudge(monkeypatch: pytest.MonkeyPatch) -> None:
         strength: float = Field(default=0.1, gt=0, description="How hard")
         kinds: list[str] = Field(default_factory=list, description="Which")
 
-    monkeypatch.setitem(config.METHOD_SETTINGS, "nudge", NudgeSettings)
+    monkeypatch.setitem(own_settings.METHOD_SETTINGS, "nudge", NudgeSettings)
 
 
 @pytest.mark.usefixtures("nudge")
@@ -368,8 +368,8 @@ def test_every_setting_is_described_and_checked() -> None:
 
 def test_mutable_settings_are_those_of_a_running_server() -> None:
     assert {k for k, s in all_settings().items() if s.mutable} == {f"serving.{n}" for n in (
-        "max_concurrent_requests", "max_queue_size", "request_timeout_s", "max_new_tokens", "max_new_tokens_limit",
-        "temperature", "top_p")}
+        "max_concurrent_requests", "max_queue_size", "max_queue_tokens", "request_timeout_s", "stall_timeout_s", "max_new_tokens",
+        "max_new_tokens_limit", "max_answers", "temperature", "top_p", "memory_budget_gb", "drain_s", "conversation_days")}
 
 
 def test_a_refused_assignment_changes_nothing() -> None:

@@ -78,7 +78,7 @@ def test_place_and_number(name: str) -> None:
     path = MODULES[name]
     _, layer, module = name.split(".")
     assert path.parent.name == layer
-    assert path.stem == f"{number(path):02}_{module}"
+    assert path.stem == f"{number(path):03}_{module}"
     first, last = LAYERS[layer]
     assert first <= number(path) <= last
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 from tiny_bots import make_bot
 
-from llmbot.core.config import ModelConfig, ServingConfig
-from llmbot.serving.backends import Chunk, GenerationRequest, RequestError, SamplingParams, create_backend
+from llmbot.core.config import Config, ModelConfig
+from llmbot.serving.backends import create_backend
 from llmbot.serving.http_exchange import EventStream
+from llmbot.serving.sampling_params import Chunk, GenerationRequest, RequestError, SamplingParams
 from llmbot.serving.torch_backend import TorchBackend, generate_batch
 
 
@@ -25,7 +26,7 @@ def request(backend: TorchBackend, prompt: str, **params: Any) -> GenerationRequ
 
 
 async def started(path: Path, **model: Any) -> TorchBackend:
-    backend = create_backend("torch", str(path), ServingConfig(), ModelConfig(**{"device": "cpu", **model}))
+    backend = create_backend("torch", str(path), Config(model=ModelConfig(**{"device": "cpu", **model})))
     assert isinstance(backend, TorchBackend)
     await backend.start()
     return backend

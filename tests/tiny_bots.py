@@ -7,9 +7,10 @@ from pathlib import Path
 
 import torch
 
-from llmbot.core.config import ModelConfig, ServingConfig
+from llmbot.core.config import Config, ModelConfig
 from llmbot.core.model_manager import load_bot, new_model, save_bot, train_tokenizer
-from llmbot.serving.backends import Capabilities, Chunk, GenerationRequest, register_backend
+from llmbot.serving.backends import Capabilities, register_backend
+from llmbot.serving.sampling_params import Chunk, GenerationRequest
 
 torch.set_num_threads(1)  # models this small are fastest on one thread, and two wait for each other on a busy machine
 CORPUS = ["Grüße, 世界! 😀 What is 12 + 30? It is 42.", "Once upon a time there was a bot.\u2028Ünïcödé 字字 😀😁"]
@@ -34,7 +35,7 @@ class GatedBackend:
     seen: list[GenerationRequest] = []
     ended: list[str] = []  # requests whose generator was closed
 
-    def __init__(self, bot_ref: str, serving: ServingConfig, model: ModelConfig) -> None:
+    def __init__(self, bot_ref: str, cfg: Config) -> None:
         self.chat = load_bot(bot_ref).chat
 
     def capabilities(self) -> Capabilities:

@@ -26,7 +26,8 @@ from ..core.bot import resolve_reference
 from ..core.chat import ChatFormat
 from ..core.config import Config
 from ..core.errors import BotError, LLMBotError
-from ..serving.backends import Chunk, GenerationRequest, SamplingParams, create_backend
+from ..serving.backends import create_backend
+from ..serving.sampling_params import Chunk, GenerationRequest, SamplingParams
 
 # %% ../../nbs/app/515_chat_repl.ipynb #e1818cdb
 T = TypeVar("T")
@@ -141,7 +142,7 @@ class ChatSession:
     ) -> None:
         self.cfg, self.name, self.seed, self.raw = cfg or Config(), resolve_reference(bot).name, seed, raw
         self.talk, self.last, self.seconds = Conversation(system), Chunk(""), 0.0
-        self.backend = create_backend(self.cfg.serving.backend, str(bot), self.cfg.serving, self.cfg.model)
+        self.backend = create_backend(self.cfg.serving.backend, str(bot), self.cfg)
         if not raw and not self.backend.chat.has_template:
             raise BotError(f"{bot} has no chat template: it was not made for conversations. Let it continue text (raw=True, "
                            "or --raw), or train it on conversations first.")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SECTIONS', 'RECIPES', 'Listener', 'read_recipe', 'put', 'find_setting', 'add_environment', 'add_overrides', 'locate',
-           'add_own_method', 'load_config', 'to_dict', 'save_config', 'config_schema', 'recipe_lines', 'init_recipe',
+           'add_own_classes', 'load_config', 'to_dict', 'save_config', 'config_schema', 'recipe_lines', 'init_recipe',
            'LiveConfig', 'flatten', 'changed_copy']
 
 # %% ../../nbs/core/010_config_io.ipynb #4758f2a5
@@ -20,10 +20,11 @@ from typing import Any
 import yaml
 from pydantic import SecretStr, TypeAdapter
 
-from .config import METHOD_SETTINGS, Config, settings
+from .config import Config, settings
 from .errors import ConfigError
+from .own_settings import OWN_SETTINGS
 from .recipe import Draft, compose, dump, read_text, write_atomically
-from .settings import Fault, InvalidConfigError, Setting, import_object, nearest_key, shorten
+from .settings import Fault, InvalidConfigError, Setting, nearest_key, shorten
 
 # %% ../../nbs/core/010_config_io.ipynb #a51d9cf1
 SECTIONS = tuple(f.name for f in dataclasses.fields(Config))
@@ -79,8 +80,8 @@ def put(
 def find_setting(
     key: str,  # dotted
 ) -> Setting | None:  # None where there is none
-    "A setting by its key. What stands below `method` is checked later, by the method."
-    own = key.startswith("method.") and key.count(".") == 1
+    "A setting by its key. What stands below `method` and `engine` is checked later, by what was chosen."
+    own = key.partition(".")[0] in OWN_SETTINGS and key.count(".") == 1
     return Setting(key, None, "a value", "", False, False, "any") if own else settings().get(key)
 
 
@@ -128,16 +129,18 @@ def locate(draft: Draft, fault: Fault) -> Fault:
     return fault
 
 
-def add_own_method(
-    draft: Draft,  # may get a fault
+def add_own_classes(
+    draft: Draft,  # may get faults
 ) -> None:
-    "Make the settings of a method named as MODULE:CLASS known, where the recipe has some, so that they are checked with the others."
-    name = draft.tree.get("training", {}).get("method")
-    if isinstance(name, str) and ":" in name and name not in METHOD_SETTINGS and draft.tree.get("method"):
-        try:
-            METHOD_SETTINGS[name] = getattr(import_object(name, "training.method"), "Settings", None)
-        except ConfigError as exc:
-            draft.faults.append(locate(draft, Fault("training.method", None, str(exc).removeprefix("training.method "))))
+    "Make the settings of a method or engine named as MODULE:CLASS known, where the recipe has some, so that they are checked too."
+    for own in OWN_SETTINGS.values():
+        section, _, field = own.chooser.partition(".")
+        name = draft.tree.get(section, {}).get(field)
+        if isinstance(name, str) and draft.tree.get(own.section):
+            try:
+                own.add(name)
+            except ConfigError as exc:
+                draft.faults.append(locate(draft, Fault(own.chooser, None, str(exc).removeprefix(f"{own.chooser} "))))
 
 
 def load_config(
@@ -149,7 +152,7 @@ def load_config(
     draft = Draft() if path is None else read_recipe(path)
     add_environment(draft, os.environ if env is None else env)
     add_overrides(draft, overrides)
-    add_own_method(draft)
+    add_own_classes(draft)
     try:
         cfg = Config(**draft.tree)
     except InvalidConfigError as exc:
@@ -224,7 +227,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 def recipe_lines(values: Mapping[str, Any], full: bool) -> Iterator[str]:
     "The lines of a recipe: `values` as they are and, when `full`, all other settings commented out."
-    known = settings(values.get("training.method"))
+    known = settings(values.get("training.method"), values.get("serving.backend"))
     for section in SECTIONS:
         mine = [s for k, s in known.items() if k.startswith(f"{section}.")]
         live = [known[k] for k in values if k.startswith(f"{section}.")]

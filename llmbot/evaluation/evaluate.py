@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..core.chat import ChatFormat
-from ..core.config import DataConfig, ModelConfig, ServingConfig
+from ..core.config import Config, DataConfig, ModelConfig
 from ..core.data_examples import examples_of
 from ..core.data_formats import Example
 from ..core.data_reader import read_rows
@@ -30,7 +30,8 @@ from ..core.model_manager import LoadedBot, context_length, load_bot
 from ..core.packing import IGNORED, Encoded
 from .report import AnsweredRow, EvaluationReport, GroupResult
 from ..monitoring.text_metrics import RowScore, exact_match, get_metric
-from ..serving.backends import GenerationRequest, SamplingParams, create_backend
+from ..serving.backends import create_backend
+from ..serving.sampling_params import GenerationRequest, SamplingParams
 
 if TYPE_CHECKING:
     from llmbot.monitoring.likelihood import Likelihood
@@ -165,7 +166,7 @@ async def answers_from_backend(
     name: str, ref: str, model: ModelConfig, questions: Sequence[Question], max_new_tokens: int, progress: Progress | None
 ) -> list[tuple[str, bool]]:  # text, and whether it ended by itself
     "Greedy answers through the backend protocol, eight requests at a time."
-    backend, turns, done = create_backend(name, ref, ServingConfig(), model), asyncio.Semaphore(8), 0
+    backend, turns, done = create_backend(name, ref, Config(model=model)), asyncio.Semaphore(8), 0
 
     async def ask(index: int, question: Question) -> tuple[str, bool]:
         nonlocal done

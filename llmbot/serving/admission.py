@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
 from typing import ClassVar, TypeVar
 
-from .backends import RequestError
+from .sampling_params import RequestError
 
 # %% ../../nbs/serving/350_admission.ipynb #1971f9f4
 class QueueFullError(RequestError):

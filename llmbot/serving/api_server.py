@@ -22,10 +22,11 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 
 from .. import __version__
-from ..core.config import Config, ServingConfig, is_loopback
+from ..core.config import Config, ServingConfig
 from ..core.config_io import LiveConfig
 from ..core.errors import ConfigError, ServingError
-from .backends import BOUNDS, Chunk
+from ..core.serving_config import is_loopback
+from .sampling_params import BOUNDS, Chunk
 from .http_exchange import STREAMS, SamplingFields, respond
 from .http_guard import ERRORS, BodyReader, Doorkeeper, RequestNames, StrictRoute, install_error_handlers
 from .model_server import ModelServer

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.types import Receive, Scope, Send
 
 from .admission import CancelledRequestError
-from .backends import BOUNDS, MAX_STOP_LENGTH, MAX_STOP_STRINGS, Chunk
+from .sampling_params import BOUNDS, MAX_STOP_LENGTH, MAX_STOP_STRINGS, Chunk
 from .http_guard import failure, logger
 from .model_server import whole_answer
 

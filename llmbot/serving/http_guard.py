@@ -28,9 +28,9 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ..core.config import is_loopback
+from ..core.serving_config import is_loopback
 from ..core.errors import LLMBotError
-from .backends import RequestError
+from .sampling_params import RequestError
 
 # %% ../../nbs/serving/360_http_guard.ipynb #4326a0e9
 logger = logging.getLogger("llmbot.serving")

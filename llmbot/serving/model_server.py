@@ -25,8 +25,8 @@ from ..core.config import Config, ServingConfig
 from ..core.config_io import LiveConfig
 from ..core.errors import BotError, DataError, ServingError
 from .admission import Admission, CancelledRequestError, InFlight, Leash
-from .backends import Backend, Chunk, GenerationRequest, RequestError, SamplingParams
-from .backends import check_context, check_supported, create_backend
+from .backends import Backend, check_context, check_supported, create_backend
+from .sampling_params import Chunk, GenerationRequest, RequestError, SamplingParams
 
 # %% ../../nbs/serving/356_model_server.ipynb #d078fa71
 WINDOW = 1000  # answers whose times are kept
@@ -160,7 +160,7 @@ class HostedBot:
 
     async def _start(self, cfg: Config) -> Backend:
         try:
-            backend = create_backend(cfg.serving.backend, self.reference, cfg.serving, cfg.model)
+            backend = create_backend(cfg.serving.backend, self.reference, cfg)
             await backend.start()
             self.backend = backend
             return backend

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from .backends import BOUNDS, Chunk, RequestError
+from .sampling_params import BOUNDS, Chunk, RequestError
 from .http_exchange import STREAMS, SamplingFields, respond
 from .http_guard import StrictRoute, logger
 from .model_server import HostedBot, ModelServer

@@ -17,11 +17,12 @@ import torch
 
 from ..core.chat import ChatFormat
 from ..core.chat_template import validate_messages
-from ..core.config import ModelConfig, ServingConfig
+from ..core.config import Config
 from ..core.errors import ServingError
 from ..core.model_manager import LoadedBot, context_length, load_bot
-from .backends import Capabilities, Chunk, FinishReason, GenerationRequest, OutputText, SamplingParams
-from .backends import check_context, register_backend
+from .backends import Capabilities, check_context, register_backend
+from .output_text import OutputText
+from .sampling_params import Chunk, FinishReason, GenerationRequest, SamplingParams
 
 if TYPE_CHECKING:
     from transformers import LogitsProcessorList, PreTrainedModel
@@ -220,9 +221,9 @@ class TorchBackend:
     def __init__(
         self,
         bot_ref: str,  # the bot to run
-        serving: ServingConfig,
-        model: ModelConfig,  # device, dtype, attn_implementation, revision and quantization are used
+        cfg: Config,  # of its section model: device, dtype, attn_implementation, revision and quantization
     ) -> None:
+        model = cfg.model
         attention, revision = model.attn_implementation, model.revision
         self._bot = load_bot(bot_ref, device=model.device, dtype=model.dtype, attn_implementation=attention, revision=revision,
                              quantization=model.quantization)

@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from ..core.architectures import supports_bf16
 from ..core.chat import ChatFormat
-from ..core.config import METHOD_SETTINGS, Config, TrainingConfig, method_settings, trains_adapter
+from ..core.config import Config, TrainingConfig, method_settings, trains_adapter
 from ..core.data_examples import Kind
 from ..core.data_processor import PreparedData
 from ..core.errors import ConfigError, require
+from ..core.own_settings import METHOD_SETTINGS
 from ..core.processes import launched_processes
 from ..core.settings import import_object
 from ..monitoring.experiment_tracker import TrackerGroup
