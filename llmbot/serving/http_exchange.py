@@ -49,13 +49,14 @@ class SamplingFields(BaseModel):
     min_p: float | None = bounded("min_p", "Drop tokens less likely than this share of the likeliest")
     repetition_penalty: float | None = bounded("repetition_penalty", "Above 1: tokens that occurred become less likely")
     seed: int | None = bounded("seed", "Same seed, same answer")
+    ignore_eos: bool | None = Field(None, description="Go on after a stop token, to measure speed")
     stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)] | None = Field(
         None, description="The answer ends before the first of these strings"
     )
 
     def params(self, max_new_tokens: int | None) -> dict[str, Any]:
         "What was asked for, as `ModelServer.stream` takes it."
-        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
+        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "ignore_eos")
         asked = {name: getattr(self, name) for name in names} | {"max_new_tokens": max_new_tokens}
         if self.stop:
             asked["stop"] = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
