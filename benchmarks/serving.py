@@ -52,6 +52,7 @@ class Answered:
     status: int = 200
     began: float = 0.0  # when it was due; all times in seconds on one clock
     ended: float = 0.0
+    said: str = ""  # the body of a refusal
     tokens: list[float] = field(default_factory=list)  # when each came
 
 
@@ -86,6 +87,8 @@ async def post(url: str, body: dict[str, Any], answered: Answered, limit_s: floa
                 chunked = chunked or line.lower().startswith(b"transfer-encoding: chunked")
             if answered.status == 200 and chunked:
                 await read_events(reader, answered)
+            else:
+                answered.said = (await reader.read(500)).decode(errors="replace")
             answered.ended = time.perf_counter()
         finally:
             writer.close()
@@ -141,13 +144,14 @@ def server(runner: str, bot: Path, args: argparse.Namespace) -> Iterator[str]:
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
     if runner == "vllm-server":
-        command = ["-m", "vllm.entrypoints.openai.api_server", "--model", str(bot), "--served-model-name", bot.name, "--host", "127.0.0.1",
-                   "--port", str(port), "--dtype", args.dtype, "--max-model-len", str(args.context), "--enforce-eager",
-                   "--max-num-seqs", "64"]
+        command = ["-m", "vllm.entrypoints.openai.api_server", "--model", str(bot), "--served-model-name", bot.name,
+                   "--host", "127.0.0.1", "--port", str(port), "--dtype", args.dtype, "--max-model-len", str(args.context),
+                   "--enforce-eager", "--max-num-seqs", "64"]
     else:
         engine = ["engine.enforce_eager=true"] if runner == "vllm" else []
         command = ["-m", "llmbot.app.cli", "serve", str(bot), "--port", str(port), f"serving.backend={runner}",
-                   f"model.dtype={args.dtype}", "serving.max_concurrent_requests=64", "serving.max_queue_size=1000", "serving.log_level=warning", *engine, *args.settings]
+                   f"model.dtype={args.dtype}", "serving.max_concurrent_requests=64", "serving.max_queue_size=1000",
+                   "serving.log_level=warning", *engine, *args.settings]
     env = {**os.environ, "OMP_NUM_THREADS": str(args.threads), "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "2"}
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen([sys.executable, *command], env=env, stdout=log, stderr=subprocess.STDOUT)
@@ -217,7 +221,7 @@ def loop_generate(bot: Path, plan: Sequence[Ask], args: argparse.Namespace, batc
             model.generate(ids, attention_mask=mask, max_new_tokens=longest, min_new_tokens=longest, do_sample=False, pad_token_id=0)
             ended = time.perf_counter()
             for i in rows:  # a whole answer comes at once
-                found[i] = Answered(200, start + plan[i].at, ended, [ended] * plan[i].max_tokens)
+                found[i] = Answered(200, start + plan[i].at, ended, tokens=[ended] * plan[i].max_tokens)
     return found
 
 
@@ -254,6 +258,8 @@ def percentile(values: Sequence[float], share: float) -> float:
 def summary(found: Sequence[Answered]) -> dict[str, float]:
     "Figures of one run; times in ms."
     done = [a for a in found if a.status == 200 and a.tokens]
+    if not done:
+        raise RuntimeError(f"nothing was answered: {found[0].status} {found[0].said}")
     span = max(a.ended for a in done) - min(a.began for a in done)
     first = [1000 * (a.tokens[0] - a.began) for a in done]
     each = [1000 * (a.tokens[-1] - a.tokens[0]) / (len(a.tokens) - 1) for a in done if len(a.tokens) > 1]
@@ -284,15 +290,16 @@ def bots(args: argparse.Namespace, folder: Path, runners: Sequence[str]) -> tupl
     if args.bot:
         bot = Path(args.bot)
     else:
-        words = [f"word{i} number {i * 37}" for i in range(4000)]
-        tokenizer = train_tokenizer(words, args.vocabulary)
+        rng = random.Random(0)
+        words = ["".join(rng.choices("etaoinshrdlu", k=rng.randint(3, 9))) for _ in range(args.vocabulary)]
+        tokenizer = train_tokenizer([" ".join(rng.choices(words, k=200)) for _ in range(500)], args.vocabulary)
         config = ModelConfig(preset=args.preset, max_position_embeddings=args.context)
         bot = save_bot(folder / "bot", new_model(config, tokenizer).to(dtype=_dtype(args.dtype)), tokenizer)
     exported = folder / "onnx"
     if {"onnx", "genai"} & set(runners):
         subprocess.run([sys.executable, "-m", "llmbot.app.cli", "export", "onnx", str(bot), "--precision", args.precision, "--output",
                         str(exported), "--tolerance", "1e9"], check=True)
-    return bot, exported, load_bot(bot).config.vocab_size
+    return bot, exported, len(load_bot(bot).tokenizer)
 
 
 def _dtype(name: str) -> Any:
