@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 from ..core.config import Config
 from ..core.errors import ServingError
 from ..core.own_settings import ENGINE_SETTINGS, OWN_SETTINGS
+from ..core.settings import import_object
 from .sampling_params import Chunk, GenerationRequest, RequestError, SamplingParams
 
 if TYPE_CHECKING:
@@ -170,18 +171,14 @@ def backend_names() -> list[str]:
 
 # %% ../../nbs/serving/304_backends.ipynb #36ba53e9
 def create_backend(
-    name: str,  # a registered name, or "package.module:factory"
+    name: str,  # a registered name, or MODULE:FACTORY, found here or installed
     bot_ref: str,  # the bot to run
     cfg: Config | None = None,  # its sections model (device, dtype), serving and engine are read; None: the defaults
 ) -> Backend:
-    "Make (not start) the backend called `name` for `bot_ref`. Raises `ServingError` for a name that does not exist."
+    "Make (not start) the backend called `name` for `bot_ref`. Raises `ServingError` or `ConfigError` for one that is not there."
     if ":" in name:
-        module, _, attribute = name.partition(":")
-        try:
-            factory = getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError, ValueError) as exc:
-            message = f"serving.backend is '{name}', which cannot be imported: {exc}. Check the module path and the name."
-            raise ServingError(message) from exc
+        factory = import_object(name, "serving.backend")
+        OWN_SETTINGS["engine"].add(name)
     else:
         if name not in _factories and name in _builtin:
             importlib.import_module(_builtin[name])
