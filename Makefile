@@ -13,7 +13,9 @@ METADATA := settings.ini setup.py pyproject.toml constraints.txt
 # Notebook cells that need these flags run in `make test`; `cuda` and `browser` need what not every machine has.
 FLAGS ?= slow server
 
-.PHONY: help quickstart test check export readme format notebooks pytest docs constraints clean install dev
+CLIENTS := .venv-clients
+
+.PHONY: clients help quickstart test check export readme format notebooks pytest docs constraints clean install dev
 
 help: ## This list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -28,13 +30,20 @@ $(VENV)/.dev: $(METADATA) | $(VENV)/.base
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
+$(CLIENTS)/.done: constraints.txt
+	rm -rf $(CLIENTS) && $(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+		openai langchain-openai==1.7.3 litellm==1.83.0 llm==0.36 "lm_eval[api]==0.4.13" transformers
+	@touch $@
+
+clients: $(CLIENTS)/.done ## Install the API clients that the tests try, apart from the library
 install: $(VENV)/.base ## Install the library into .venv
 dev: $(VENV)/.dev ## Install the library with what its developers need
 
 quickstart: $(VENV)/.base ## Train, evaluate and talk to a first chatbot
 	$(BIN)/llmbot quickstart
 
-test: check notebooks pytest ## Everything that CI checks
+test: check notebooks clients pytest ## Everything that CI checks
 	@echo "make test: all passed"
 
 check: $(VENV)/.dev ## Export, README, lint and types
@@ -63,4 +72,4 @@ constraints: ## Resolve constraints.txt anew, with every extra and vLLM's CPU bu
 	mv constraints.new constraints.txt; rm constraints.tmp
 
 clean: ## Remove what was built
-	rm -rf $(VENV) build dist *.egg-info _proc _docs .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(CLIENTS) build dist *.egg-info _proc _docs .mypy_cache .ruff_cache .pytest_cache .hypothesis
