@@ -1,0 +1,138 @@
+"""Keys, limits, administration and health over a real socket."""
+
+import logging
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from tiny_bots import GatedBackend, make_bot
+
+from llmbot.core.config import Config, ModelConfig, ServingConfig
+from llmbot.core.errors import ConfigError
+from llmbot.serving.api_server import create_app, running_server
+
+pytestmark = pytest.mark.server
+QUESTION = [{"role": "user", "content": "What is 12 + 30?"}]
+USER, ADMIN = {"Authorization": "Bearer the-key-of-users"}, {"Authorization": "Bearer the-key-of-admins"}
+
+
+@pytest.fixture(scope="module")
+def bots(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("bots")
+    return [str(make_bot(folder, name, seed)) for seed, name in enumerate(["alice", "bob"], 1)]
+
+
+def config(bots: list[str], **serving: Any) -> Config:
+    return Config(model=ModelConfig(device="cpu"), serving=ServingConfig(models=bots, port=0, backend="gated", **serving))
+
+
+@pytest.fixture(scope="module")
+def guarded(bots: list[str]) -> Iterator[str]:
+    GatedBackend.gate.set()
+    with running_server(config(bots, token="the-key-of-users", admin_token="the-key-of-admins", max_new_tokens=3)) as url:
+        yield url
+
+
+def test_limit_of_a_key(bots: list[str]) -> None:
+    "The official client is refused with its own exception, and finds the headers that it knows."
+    cfg = config(bots, token="the-key-of-users", admin_token="the-key-of-admins", rate_limit="2/hour")
+    with running_server(cfg) as url:
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="the-key-of-users", max_retries=0)
+        left = [client.models.with_raw_response.list().headers["x-ratelimit-remaining-requests"] for _ in range(2)]
+        assert left == ["1", "0"]
+        with pytest.raises(openai.RateLimitError) as caught:
+            client.models.list()
+        assert caught.value.code == "rate_limit_exceeded"
+        assert 3500 < int(caught.value.response.headers["retry-after"]) <= 3600
+        assert caught.value.response.headers["x-request-id"]
+        assert httpx.get(f"{url}/models", headers=ADMIN).headers["x-ratelimit-remaining-requests"] == "1"  # a key of its own
+        assert [httpx.get(f"{url}/health").status_code for _ in range(4)] == [200] * 4
+
+
+def test_a_counter_that_cannot_be_had_is_refused_at_start(bots: list[str]) -> None:
+    with pytest.raises(ConfigError, match="cannot be counted in 'floppy'"):
+        create_app(config(bots, rate_limit="2/hour", rate_limit_storage="floppy://x"))
+
+
+def test_health_needs_no_key(guarded: str) -> None:
+    for path in ("/health", "/health/live", "/health/ready"):
+        assert httpx.get(guarded + path).json() == {"status": "ok"}
+    assert httpx.get(f"{guarded}/health/ready/").status_code == 401  # only these paths, letter by letter
+
+
+def test_administration(guarded: str) -> None:
+    with httpx.Client(base_url=guarded) as http:
+        assert http.get("/admin/config").status_code == 401
+        asked = http.get("/admin/config", headers=USER)
+        assert (asked.status_code, asked.json()["error"]["code"]) == (403, "not_an_admin")
+        shown = http.get("/admin/config", headers=ADMIN).text
+        assert '"top_p"' in shown
+        assert "the-key-of" not in shown
+        changed = http.patch("/admin/config", headers=ADMIN, json={"serving.max_new_tokens": 2})
+        assert changed.json()["config"]["serving"]["max_new_tokens"] == 2
+        answer = http.post("/chat", headers=USER, json={"messages": QUESTION}).json()
+        assert answer["usage"]["completion_tokens"] == 2
+        refused = http.patch("/admin/config", headers=ADMIN, json={"serving.port": 1, "serving.top_p": 7, "training.sneed": 3})
+        message = refused.json()["error"]["message"]
+        assert refused.status_code == 400
+        assert all(key in message for key in ("serving.port", "serving.top_p", "training.sneed"))
+        loaded = [http.post(f"/admin/models/bob/{what}", headers=ADMIN).json()["loaded"] for what in ("load", "unload")]
+        assert loaded == [True, False]
+        assert http.post("/admin/models/bob/unload", headers=USER).status_code == 403
+
+
+def test_administration_is_off_unless_enabled(bots: list[str]) -> None:
+    with running_server(config(bots)) as url:
+        answer = httpx.post(f"{url}/admin/models/bob/load")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (403, "admin_disabled")
+        assert "LLMBOT_SERVING__ADMIN_TOKEN" in answer.json()["error"]["message"]
+
+
+def test_browsers_of_named_origins(bots: list[str]) -> None:
+    with running_server(config(bots, cors_origins=["https://chat.example.org"])) as url:
+        for method in ("GET", "POST", "PATCH", "DELETE"):
+            asks = {"Access-Control-Request-Method": method, "Access-Control-Request-Headers": "authorization,content-type"}
+            allowed = httpx.options(f"{url}/admin/config", headers={"Origin": "https://chat.example.org", **asks})
+            assert method in allowed.headers["access-control-allow-methods"]
+            assert allowed.headers["access-control-allow-origin"] == "https://chat.example.org"
+            assert httpx.options(f"{url}/chat", headers={"Origin": "https://evil.example", **asks}).status_code == 400
+        form = httpx.post(f"{url}/chat", content=b'{"messages": []}', headers={"Content-Type": "text/plain", "Origin": "https://evil.example"})
+        assert form.status_code == 415  # all that a page may send without asking first
+
+
+def raw(url: str, data: bytes) -> bytes:
+    "The first line of the answer to these bytes."
+    with socket.create_connection(("127.0.0.1", httpx.URL(url).port or 0), timeout=20) as connection:
+        connection.sendall(data)
+        return connection.makefile("rb").readline()
+
+
+def test_what_no_client_sends(guarded: str) -> None:
+    assert httpx.get(f"{guarded}/models?{'x' * 9000}", headers=USER).status_code == 414
+    assert httpx.get(f"{guarded}/models", headers={**USER, **{f"X-{i}": "1" for i in range(100)}}).status_code == 431
+    assert b" 400 " in raw(guarded, b"GET /models HTTP/1.1\r\n" + b"X: " + b"y" * 200_000)
+    assert b" 400 " in raw(guarded, b"GET /models HTTP/1.1\r\n\r\n")  # no Host
+    assert b" 400 " in raw(guarded, b"\0\1\2\3\r\n\r\n")
+    both = b"POST /chat HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\n"
+    assert b" 400 " in raw(guarded, both)
+
+
+def test_every_line_of_a_request_has_its_id(guarded: str, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="llmbot.serving"):
+        httpx.post(f"{guarded}/chat?secret=1", headers={**USER, "X-Request-Id": "job-9"}, json={"messages": QUESTION})
+    lines = [record.getMessage() for record in caplog.records if "job-9" in record.getMessage()]
+    assert [line.split()[:4] for line in lines] == [["job-9", "POST", "/chat", "200"]]
+
+
+def test_the_document_says_what_every_route_answers(bots: list[str]) -> None:
+    document = create_app(config(bots)).openapi()
+    for path, methods in document["paths"].items():
+        for method, said in methods.items():
+            assert {"4XX", "5XX"} <= set(said["responses"]), (path, method)
+            done = [answer for status, answer in said["responses"].items() if status.startswith("2")]
+            assert done, (path, method)
+            if not path.startswith("/v1"):
+                assert all(kind["schema"] for answer in done for kind in answer.get("content", {}).values()), (path, method)
