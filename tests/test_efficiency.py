@@ -7,10 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.data_loader import BatchSamplerShard
 from rich.console import Console
 from safetensors.torch import load_file
+from torch.utils.data import BatchSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from llmbot.core.batching import LengthGroupedRows
 from llmbot.core.config import Config
 from llmbot.core.config_io import load_config
 from llmbot.core.errors import ConfigError
@@ -321,13 +324,36 @@ def test_token_batches_in_the_trainer(tmp_path: Path) -> None:
 
 
 def test_groups_of_like_length_in_the_trainer(tmp_path: Path) -> None:
-    "Less padding than in a random order, and every row once."
+    "Less padding than in a random order, every row once, batches that go up and down in length, in another order each epoch."
     spread = []
     for grouped in (False, True):
         cfg = recipe(tmp_path, **{"training.packing": False, "training.group_by_length": grouped, "training.per_device_batch_size": 4})
-        epoch = batches_of(make_trainer(cfg, tmp_path / f"run-{grouped}"), 1)
+        trainer = make_trainer(cfg, tmp_path / f"run-{grouped}")
+        epoch = batches_of(trainer, 1)
         spread.append(sum(len(batch) * max(map(len, batch)) - sum(map(len, batch)) for batch in epoch))
     assert spread[1] < spread[0] / 2
+    assert sorted(row for batch in epoch for row in batch) == sorted(row["input_ids"] for row in trainer.train_dataset)
+    lengths, others = ([max(map(len, batch)) for batch in found] for found in (epoch, batches_of(trainer, 2)))
+    assert lengths != others
+    assert lengths[0] == max(lengths), "what is short of memory fails at once"
+    for found in (lengths, others):
+        rises = sum(a < b for a, b in zip(found, found[1:], strict=False))
+        assert rises >= 3, "rows that are only sorted within stretches rise once a stretch"
+
+
+def test_groups_of_like_length_for_several_processes(tmp_path: Path) -> None:
+    "What two processes take is, step by step, what one takes at the same global batch."
+    cfg = recipe(tmp_path, **{"training.packing": False, "training.group_by_length": True, "training.per_device_batch_size": 4})
+    trainer = make_trainer(cfg, tmp_path / "run")
+    assert isinstance(trainer.rows, LengthGroupedRows)
+    trainer.rows.set_epoch(3)
+    alone = list(BatchSampler(trainer.rows, 4, drop_last=False))
+    ranks = []
+    for rank in range(2):
+        rows = LengthGroupedRows(trainer.rows.lengths, 4, cfg.training.seed)  # each process draws its own
+        rows.set_epoch(3)
+        ranks.append(list(BatchSamplerShard(BatchSampler(rows, 2, drop_last=False), 2, rank)))
+    assert [sorted(a + b) for a, b in zip(*ranks, strict=True)] == [sorted(batch) for batch in alone]
 
 
 @pytest.mark.parametrize("order", ["as_given", "short_first"])

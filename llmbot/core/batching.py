@@ -123,8 +123,12 @@ class LengthGroupedRows:
         return len(self.lengths)
 
     def __iter__(self) -> Iterator[int]:
-        drawn = torch.Generator().manual_seed(self.seed + self.epoch)
-        return iter([int(i) for i in get_length_grouped_indices(self.lengths, self.batch_size, generator=drawn)])
+        size, drawn = self.batch_size, torch.Generator().manual_seed(self.seed + self.epoch)
+        rows = [int(i) for i in get_length_grouped_indices(self.lengths, size, generator=drawn)]
+        end = max(size, len(rows) // size * size)
+        steps = [rows[at : at + size] for at in range(size, end, size)]
+        random.Random(f"{self.seed} epoch {self.epoch}").shuffle(steps)
+        return iter([*rows[:size], *(row for step in steps for row in step), *rows[end:]])
 
 # %% ../../nbs/core/044_batching.ipynb #4aef9e4a
 class EpochCallback(TrainerCallback):
