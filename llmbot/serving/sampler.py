@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TokenTable', 'Drawn', 'BatchSampler']
 
-# %% ../../nbs/serving/312_sampler.ipynb #29bb1d2a
+# %% ../../nbs/serving/312_sampler.ipynb #d1b8d38d
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from ..core.errors import ServingError
+from .constraints import Grammars, Matcher
 from .sampling_params import RequestError, SamplingParams, TokenLogprob
-from .sampling_rules import OUT, draw, keep_min_p, keep_top_k, keep_top_p, penalise, token_logprobs
+from .sampling_rules import OUT, draw, keep_min_p, keep_top_k, keep_top_p, penalise, token_logprobs, unpack_masks
 
-# %% ../../nbs/serving/312_sampler.ipynb #6d59bcff
+# %% ../../nbs/serving/312_sampler.ipynb #ba946435
 class TokenTable:
     "Which tokens, and how often, each of several requests has; lines are reused."
 
@@ -50,18 +51,20 @@ class TokenTable:
         self.seen[lines, tokens] = True
         self.counts[lines, tokens] += 1
 
-# %% ../../nbs/serving/312_sampler.ipynb #e0d58132
+# %% ../../nbs/serving/312_sampler.ipynb #108ac051
 @dataclass
 class _Request:
     "What is kept of one request between steps."
     params: SamplingParams
     random: torch.Generator | None  # its own, when it has a seed
     line: int | None  # in the table of tokens, when it has a penalty
+    matcher: Matcher | None = None  # follows the answer, when it must have a form
 
     @property
     def plain(self) -> bool:
         "Greedy, and nothing else."
-        return self.params.greedy and self.line is None and not self.params.logit_bias and self.params.logprobs is None
+        extras = self.line is not None or self.matcher is not None or self.params.logit_bias or self.params.logprobs is not None
+        return self.params.greedy and not extras
 
 
 _Rule = Callable[[Tensor], Tensor]
@@ -78,6 +81,7 @@ class _Plan:
     tops: list[int] = field(default_factory=list)  # how many likeliest tokens each of them wants
     counted: Tensor | None = None  # rows with a line in the table of tokens
     lines: Tensor | None = None  # these lines
+    formed: list[tuple[int, Matcher]] = field(default_factory=list)  # rows that must have a form, and what follows them
 
 
 def _with(rule: Callable[[Tensor, Tensor], Tensor], numbers: Tensor) -> _Rule:
@@ -95,7 +99,7 @@ def _on_rows(rows: Tensor, total: int, rule: _Rule) -> _Rule:
 
     return change
 
-# %% ../../nbs/serving/312_sampler.ipynb #49f3126b
+# %% ../../nbs/serving/312_sampler.ipynb #79a5163c
 def _tensor(values: Sequence[float | None], device: torch.device | str, dtype: torch.dtype = torch.int64) -> Tensor:
     return torch.tensor(values, dtype=dtype, device=device)
 
@@ -124,7 +128,7 @@ def _shifts(requests: Sequence[_Request], table: TokenTable, device: torch.devic
         rules.append(_on_rows(_tensor(counted, device), len(requests), punish))
     return rules
 
-# %% ../../nbs/serving/312_sampler.ipynb #22dfcbad
+# %% ../../nbs/serving/312_sampler.ipynb #0f4c7d3b
 def _filters(requests: Sequence[_Request], vocab_size: int, device: torch.device | str) -> list[_Rule]:
     "Temperature and what filters, for the rows that are drawn."
     rules: list[_Rule] = []
@@ -153,11 +157,12 @@ def _plan(requests: Sequence[_Request], table: TokenTable, vocab_size: int, devi
         plan.drawn, plan.random = _tensor(drawn, device), [requests[i].random for i in drawn]
     plan.told = [i for i, r in enumerate(requests) if r.params.logprobs is not None]
     plan.tops = [requests[i].params.logprobs or 0 for i in plan.told]
+    plan.formed = [(i, r.matcher) for i, r in enumerate(requests) if r.matcher is not None]
     if counted := [i for i, r in enumerate(requests) if r.line is not None]:
         plan.counted, plan.lines = _tensor(counted, device), _tensor([requests[i].line for i in counted], device)
     return plan
 
-# %% ../../nbs/serving/312_sampler.ipynb #6657766e
+# %% ../../nbs/serving/312_sampler.ipynb #ab74ddfb
 @dataclass(frozen=True)
 class Drawn:
     "What was chosen for one row."
@@ -171,11 +176,16 @@ _ERRORS = {
     2: "no token is left: the model gives every token that is allowed here no probability at all",
 }
 
-# %% ../../nbs/serving/312_sampler.ipynb #ab655af4
-def _choose(logits: Tensor, plan: _Plan, table: TokenTable, shared: torch.Generator) -> tuple[Tensor, Tensor]:
+# %% ../../nbs/serving/312_sampler.ipynb #839a3d29
+def _choose(
+    logits: Tensor, plan: _Plan, masks: dict[int, bytes], table: TokenTable, shared: torch.Generator
+) -> tuple[Tensor, Tensor]:
     "Tokens, and the number in `_ERRORS` of what was wrong with each or 0, of a batch that is not plain."
     scores = logits.to(torch.float32, copy=True)
     broken = ~scores.amax(dim=-1).isfinite()
+    if masks:
+        rows = _tensor(list(masks), logits.device)
+        scores[rows] = scores[rows].masked_fill(~unpack_masks(list(masks.values()), logits.shape[-1], logits.device), OUT)
     for rule in plan.rules:
         scores = rule(scores)
     tokens = scores.argmax(dim=-1)
@@ -186,8 +196,32 @@ def _choose(logits: Tensor, plan: _Plan, table: TokenTable, shared: torch.Genera
         table.add(plan.lines, tokens[plan.counted])
     return tokens, torch.where(broken, 1, torch.where(empty, 2, 0))
 
+# %% ../../nbs/serving/312_sampler.ipynb #d17146bb
+def _masks(plan: _Plan) -> tuple[dict[int, bytes], dict[int, ServingError]]:
+    "For the rows that must have a form: what may come next, or why that cannot be told."
+    masks: dict[int, bytes] = {}
+    errors: dict[int, ServingError] = {}
+    for row, matcher in plan.formed:
+        try:
+            masks[row] = matcher.mask()
+        except RequestError as exc:
+            errors[row] = exc
+    return masks, errors
 
-def _drawn(logits: Tensor, ids: list[int], states: list[int], plan: _Plan) -> list[Drawn]:
+
+def _follow(matcher: Matcher, drawn: Drawn, error: ServingError | None) -> Drawn:
+    "Go on by the token that was drawn; an error ends this answer alone."
+    try:
+        if error is None and drawn.error is None:
+            matcher.accept(drawn.token_id)
+    except RequestError as exc:
+        error = exc
+    return drawn if error is None else Drawn(-1, error=error)
+
+
+def _drawn(
+    logits: Tensor, ids: list[int], states: list[int], plan: _Plan, errors: dict[int, ServingError]
+) -> list[Drawn]:
     "What is told of each row."
     result = [Drawn(-1, error=ServingError(_ERRORS[s])) if s else Drawn(token) for token, s in zip(ids, states, strict=True)]
     told = [(row, top) for row, top in zip(plan.told, plan.tops, strict=True) if not states[row]]
@@ -195,15 +229,17 @@ def _drawn(logits: Tensor, ids: list[int], states: list[int], plan: _Plan) -> li
         rows, tops = map(list, zip(*told, strict=True))
         for row, likely in zip(rows, token_logprobs(logits[rows], [ids[row] for row in rows], tops), strict=True):
             result[row] = Drawn(ids[row], likely)
+    for row, matcher in plan.formed:
+        result[row] = _follow(matcher, result[row], errors.get(row))
     return result
 
-# %% ../../nbs/serving/312_sampler.ipynb #f7de83c9
+# %% ../../nbs/serving/312_sampler.ipynb #f2922403
 class _Requests:
     "The running requests, and the plan of the batch that came last."
 
-    def __init__(self, vocab_size: int, device: torch.device | str) -> None:
+    def __init__(self, vocab_size: int, device: torch.device | str, grammars: Grammars | None) -> None:
         self.table = TokenTable(vocab_size, device)
-        self._vocab_size, self._device = vocab_size, device
+        self._vocab_size, self._device, self._grammars = vocab_size, device, grammars
         self._requests: dict[str, _Request] = {}
         self._latest: tuple[tuple[str, ...], _Plan] = ((), _Plan(plain=True))
 
@@ -214,11 +250,22 @@ class _Requests:
         if wrong:
             message = f"logit_bias names the token {wrong[0]}, but the vocabulary has tokens 0 to {self._vocab_size - 1}"
             raise RequestError(message, param="logit_bias", code="invalid_value")
+        matcher = self._matcher(params)
         penalised = params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty
         random = None
         if params.seed is not None and not params.greedy:
             random = torch.Generator(self._device).manual_seed(params.seed)
-        self._requests[key] = _Request(params, random, self.table.open(prompt_ids) if penalised else None)
+        self._requests[key] = _Request(params, random, self.table.open(prompt_ids) if penalised else None, matcher)
+
+    def _matcher(self, params: SamplingParams) -> Matcher | None:
+        if params.constraint is None:
+            return None
+        if params.ignore_eos:
+            message = "ignore_eos cannot go with response_format: an answer of a given form ends where it is complete"
+            raise RequestError(message, param="ignore_eos", code="invalid_value")
+        if self._grammars is None:
+            raise RequestError("this engine knows no forms of answers", param="response_format", code="unsupported_parameter")
+        return self._grammars.matcher(params.constraint)
 
     def remove(self, key: str) -> None:
         request = self._requests.pop(key, None)
@@ -232,7 +279,7 @@ class _Requests:
             self._latest = (names, _plan(requests, self.table, self._vocab_size, self._device))
         return self._latest[1]
 
-# %% ../../nbs/serving/312_sampler.ipynb #844a6769
+# %% ../../nbs/serving/312_sampler.ipynb #001afa44
 class BatchSampler:
     "Chooses the next token of each running request. Not for several threads at once."
 
@@ -240,8 +287,9 @@ class BatchSampler:
         self,
         vocab_size: int,  # width of the logits
         device: torch.device | str,  # where the logits are
+        grammars: Grammars | None = None,  # compiles constraints; None: requests that have one are refused
     ) -> None:
-        self._requests, self._shared = _Requests(vocab_size, device), torch.Generator(device)
+        self._requests, self._shared = _Requests(vocab_size, device, grammars), torch.Generator(device)
         self._shared.seed()
 
     def add(
@@ -265,10 +313,12 @@ class BatchSampler:
     ) -> list[Drawn]:  # (rows,)
         "One token for each row. Raises `KeyError` for a key that was not added."
         plan = self._requests.plan(keys)
+        errors: dict[int, ServingError] = {}
         if plan.plain:
             tokens = logits.argmax(dim=-1)  # takes a NaN for the largest
             state = (~logits.gather(1, tokens[:, None])[:, 0].isfinite()).long()
         else:
-            tokens, state = _choose(logits, plan, self._requests.table, self._shared)
+            masks, errors = _masks(plan)
+            tokens, state = _choose(logits, plan, masks, self._requests.table, self._shared)
         ids, states = torch.stack([tokens, state]).tolist()
-        return _drawn(logits, ids, states, plan)
+        return _drawn(logits, ids, states, plan, errors)

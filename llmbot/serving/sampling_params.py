@@ -56,8 +56,8 @@ MAX_CONSTRAINT = 64_000  # characters of a schema or an expression
 class Constraint:
     "The form that an answer must have. Raises `RequestError` for a schema that is no JSON object, or too long."
 
-    kind: Literal["json_object", "json_schema", "regex"]
-    text: str = ""  # the schema as JSON, or the expression; empty for json_object
+    kind: Literal["json_object", "json_schema", "regex", "grammar"]
+    text: str = ""  # the schema as JSON, the expression, or the grammar (llguidance's Lark); empty for json_object
 
     def __post_init__(self) -> None:
         if len(self.text) > MAX_CONSTRAINT:
