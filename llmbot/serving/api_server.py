@@ -26,12 +26,14 @@ from ..core.serving_config import is_loopback
 from .access import LIMIT_HEADERS, Doorkeeper, Keys, RateLimits
 from .admin_api import admin_router
 from .bot_api import bot_router
+from .conversation_api import conversation_router
+from .conversations import Conversations
 from .http_guard import ERRORS, BodyReader, RequestBounds, RequestNames, install_error_handlers
 from .model_server import ModelServer
 from .openai_api import openai_router
 from .status_api import OPEN_PATHS, status_router
 
-# %% ../../nbs/serving/390_api_server.ipynb #fdd5a09e
+# %% ../../nbs/serving/390_api_server.ipynb #e9513bee
 def add_middlewares(
     app: FastAPI,
     settings: ServingConfig,
@@ -58,16 +60,18 @@ def create_app(
 ) -> FastAPI:  # the `ModelServer` is its `state.server`
     "The API of the bots in `cfg.serving.models`; they are loaded at startup. Raises `BotError` for one that is not there."
     server = ModelServer(cfg)
-    settings = server.bots.serving
+    bots, settings = server.bots, server.bots.serving
+    kept = Conversations(settings.conversations_url, lambda: bots.serving.conversation_days)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with server:
+        async with kept.open(), server:
             yield
 
     app = FastAPI(title="llmbot", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None, responses=ERRORS)
-    app.state.server = server
-    for router in (bot_router(server), status_router(server), admin_router(server), openai_router(server)):
+    app.state.server, app.state.conversations = server, kept
+    own = (bot_router(server, kept), conversation_router(server, kept), status_router(server), admin_router(server))
+    for router in (*own, openai_router(server)):
         app.include_router(router)
     install_error_handlers(app)
     add_middlewares(app, settings)
@@ -118,6 +122,12 @@ def _uvicorn(app: FastAPI, serving: ServingConfig, grace_s: float, own_log: bool
     return uvicorn.Server(config)
 
 # %% ../../nbs/serving/390_api_server.ipynb #86472fd4
+async def _prepare(app: FastAPI) -> None:
+    "Whatever may be wrong at the start. Raises `LLMBotError`."
+    app.state.conversations.check()
+    await app.state.server.bots.start()
+
+
 def serve(
     cfg: Config | LiveConfig,
     on_ready: Callable[[str], None] | None = None,  # called with the URL once the default bot is loaded
@@ -129,7 +139,7 @@ def serve(
     sock, url = listen(bots.serving)
 
     async def main() -> None:
-        await bots.start()  # here, where its error is ours and not a line in uvicorn's log
+        await _prepare(app)  # here, where its error is ours and not a line in uvicorn's log
         if on_ready:
             on_ready(url)
         await _uvicorn(app, bots.serving, grace_s, own_log=True).serve([sock])
@@ -151,7 +161,7 @@ def running_server(
 
     async def main() -> None:
         try:
-            await bots.start()
+            await _prepare(app)
         except Exception as exc:
             ready.set_exception(exc)
         else:
