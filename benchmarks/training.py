@@ -58,8 +58,7 @@ def write_rows(path: Path, method: str, rows: int) -> None:
 
 def write_base(path: Path, preset: str) -> None:
     "A bot of random weights for the methods that start from one."
-    train, _ = demo_rows(0)
-    tokenizer = train_tokenizer([f"{q} {a}" for _, q, a in train], 4096)
+    tokenizer = train_tokenizer([f"{q} {a}" for _, q, a in demo_rows(0).train], 4096)
     save_bot(path, new_model(ModelConfig(preset=preset), tokenizer), tokenizer)
 
 

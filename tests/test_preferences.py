@@ -24,7 +24,7 @@ from llmbot.core.errors import LLMBotError
 from llmbot.core.model_manager import load_bot
 from llmbot.monitoring.experiment_tracker import TrackerGroup
 from llmbot.training.methods import get_method
-from llmbot.training.preference_trainer import pair_metrics
+from llmbot.training.preference_trainer import PreferenceTrainer, pair_metrics
 from llmbot.training.trainer import prepare_run, train
 
 QUIET = Console(quiet=True)
@@ -199,6 +199,39 @@ def test_accumulation_and_batches_change_nothing(tmp_path: Path) -> None:
 
 
 # --- training ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_step_that_is_made_again_counts_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    "Out of memory in the second micro-batch of the first step: pairs, tokens and rewards of the report are those of a run with room."
+    changes = {"training.gradient_accumulation_steps": 2, "training.per_device_batch_size": 4, "training.max_steps": 2,
+               "training.logging_steps": 1, "training.auto_batch_size": True}  # fmt: skip
+    real, log, calls, pairs = PreferenceTrainer.compute_loss, PreferenceTrainer.log, [0], []
+
+    def report(self: PreferenceTrainer, logs: dict[str, float], *args: Any) -> None:
+        if "loss" in logs and self.sums is not None:
+            pairs.append((self.sums[0].item(), self.tokens_seen))
+        log(self, logs, *args)
+
+    monkeypatch.setattr(PreferenceTrainer, "log", report)
+
+    def starved(self: PreferenceTrainer, *args: Any, **kwargs: Any) -> Any:
+        loss = real(self, *args, **kwargs)
+        calls[0] += 1
+        if calls[0] == 2:
+            raise MemoryError
+        return loss
+
+    whole = train(recipe(tmp_path, **changes), console=QUIET)
+    monkeypatch.setattr(PreferenceTrainer, "compute_loss", starved)
+    less = train(recipe(tmp_path, **changes, **{"training.output_dir": tmp_path / "less"}), console=QUIET)
+    assert calls[0] == 2 + 4 + 4, "one pass too many, and both steps in halves"
+    assert [count for count, _ in pairs] == [8.0] * 4
+    assert pairs[2:] == pairs[:2], "tokens too"
+    names = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen", "logps/rejected")
+    one, other = ([[e[name] for name in names] for e in result.history if "loss" in e] for result in (whole, less))
+    assert len(one) == 2
+    for a, b in zip(one, other, strict=True):
+        assert b == pytest.approx(a, abs=1e-4)
 
 
 def test_held_out_accuracy_rises(tmp_path: Path) -> None:

@@ -240,6 +240,7 @@ class BotTrainer(SafeTrainer, CompleteCheckpoints, ClockSchedule, ChosenWeights,
 
     run: TrainingRun  # set by `bot_trainer`
     tokens_seen: int = 0
+    counts: tuple[str, ...] = ("tokens_seen",)
 
     def compute_loss(
         self,

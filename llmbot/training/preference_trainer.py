@@ -216,6 +216,7 @@ class PreferenceTrainer(PairScoring):
     "The loop of a method that learns from pairs; made by `preference_trainer`."
 
     loss_is_scaled_for_ga = True  # `compute_loss` divides by the pairs of all micro-batches
+    counts = ("tokens_seen", "sums")
     losses: PairLoss  # set by `preference_trainer`, as are those below
     beta: float
     sft_weight: float = 0.0

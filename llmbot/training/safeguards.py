@@ -155,6 +155,8 @@ class InParts(Trainer):
     auto_batch_size: bool = False
     parts: int = 1  # into which a micro-batch is cut
     row_unit: int = 1  # rows that stay together; 0: a batch cannot be cut without changing its loss
+    counts: tuple[str, ...] = ()  # attributes to which each pass adds: a pass that is made again must not count twice
+    counted: dict[str, Any]  # their values before the step
     say: Callable[[str], None] = staticmethod(lambda text: None)  # where the orchestrator wants to be told
     seen: list[tuple[int, dict[str, Any]]]  # step and micro-batch, since the last look
 
@@ -174,6 +176,8 @@ class InParts(Trainer):
         self.parts *= 2
         self.say(f"out of memory: going on with micro-batches of {-(-rows // self.parts)} rows, {self.parts} times as many to a step")
         model.zero_grad()
+        for name, value in self.counted.items():
+            setattr(self, name, value)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         try:
@@ -198,6 +202,8 @@ class Safeguards(InParts):
             self.on_cpu = self.args.device.type == "cpu"
         if self.seen and self.seen[0][0] < self.state.global_step and (self.on_cpu or len(self.seen) > 64):
             self.seen = [entry for entry in self.seen if entry[0] == self.state.global_step]
+        if not self.seen or self.seen[-1][0] < self.state.global_step:
+            self.counted = {name: getattr(self, name) for name in self.counts}
         self.seen.append((self.state.global_step, inputs))
         try:
             loss = self.in_parts(model, inputs, num_items_in_batch)
