@@ -27,6 +27,7 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..core.errors import LLMBotError
@@ -189,7 +190,11 @@ def install_error_handlers(app: FastAPI) -> None:
         standard = error.detail in ("Not Found", "Method Not Allowed")
         message = words.get(error.status_code, error.detail) if standard else error.detail
         code = {404: "not_found"}.get(error.status_code)
-        return error_response(error.status_code, message, code=code, headers=dict(error.headers or {}))
+        headers = dict(error.headers or {})
+        if error.status_code == 405:  # Starlette names the methods of the first route only
+            routes = [r for r in app.routes if isinstance(r, Route) and r.matches(request.scope)[0] != Match.NONE]
+            headers["Allow"] = ", ".join(sorted({m for route in routes for m in route.methods or ()}))
+        return error_response(error.status_code, message, code=code, headers=headers)
 
     app.add_exception_handler(LLMBotError, of_request)
     app.add_exception_handler(RequestValidationError, of_validation)
