@@ -2,6 +2,7 @@
 
 import logging
 import socket
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -121,9 +122,16 @@ def test_what_no_client_sends(guarded: str) -> None:
 
 
 def test_every_line_of_a_request_has_its_id(guarded: str, caplog: pytest.LogCaptureFixture) -> None:
+    def lines_of(name: str) -> list[str]:
+        return [record.getMessage() for record in caplog.records if name in record.getMessage()]
+
     with caplog.at_level(logging.INFO, logger="llmbot.serving"):
         httpx.post(f"{guarded}/chat?secret=1", headers={**USER, "X-Request-Id": "job-9"}, json={"messages": QUESTION})
-    lines = [record.getMessage() for record in caplog.records if "job-9" in record.getMessage()]
+        limit = time.monotonic() + 20
+        while not lines_of("job-9"):  # it is written when the answer has been sent
+            assert time.monotonic() < limit, "it was never written"
+            time.sleep(0.005)
+    lines = lines_of("job-9")
     assert [line.split()[:4] for line in lines] == [["job-9", "POST", "/chat", "200"]]
 
 
