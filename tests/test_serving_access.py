@@ -114,6 +114,7 @@ def raw(url: str, data: bytes) -> bytes:
 def test_what_no_client_sends(guarded: str) -> None:
     assert httpx.get(f"{guarded}/models?{'x' * 9000}", headers=USER).status_code == 414
     assert httpx.get(f"{guarded}/models", headers={**USER, **{f"X-{i}": "1" for i in range(100)}}).status_code == 431
+    assert httpx.put(f"{guarded}/admin/config", headers=USER).headers["allow"] == "GET, PATCH"
     assert b" 400 " in raw(guarded, b"GET /models HTTP/1.1\r\n" + b"X: " + b"y" * 200_000)
     assert b" 400 " in raw(guarded, b"GET /models HTTP/1.1\r\n\r\n")  # no Host
     assert b" 400 " in raw(guarded, b"\0\1\2\3\r\n\r\n")
