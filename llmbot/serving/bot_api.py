@@ -100,7 +100,7 @@ async def fitted(
     "The conversation, or what of it leaves room for the answer. Raises `RequestError`."
     if asked.truncate is None:
         return list(messages), 0
-    backend = await server.bots.find(asked.model).load(server.bots.live.current)
+    backend = await server.bots.find(asked.model).load()
     context = backend.context_length
     wanted = asked.max_new_tokens or min(server.bots.serving.max_new_tokens, context // 2)
 
@@ -180,7 +180,7 @@ async def answer(
         elif chunk.text:
             yield {"text": chunk.text}
 
-    chunks = server.stream(prompt, bot.name, asked.params(asked.max_new_tokens), name)
+    chunks = server.stream(prompt, bot.name, asked.params(asked.max_new_tokens), name, request.state.key)
     return await respond(request, kept(chunks, turn) if turn else chunks, asked.stream, body, frames)
 
 # %% ../../nbs/serving/380_bot_api.ipynb #042f8e68

@@ -183,7 +183,8 @@ async def restart(engine: Engine, broken: Backend) -> None:
         engine.restarts += 1
         await asyncio.sleep(engine.policy.pause(engine.tries))
         try:
-            return await start_engine(engine)
+            await start_engine(engine)
+            return
         except Exception as exc:
             engine.reason = f"{why}; restart {engine.tries} of {most} failed: {exc}"
             logger.error("the engine of '%s' %s", engine.name, engine.reason)
