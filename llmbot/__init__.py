@@ -25,7 +25,7 @@ _WHERE = {
     "show_results": "llmbot.training.show",
     "train": "llmbot.training.trainer",
     "evaluate_bot": "llmbot.evaluation.evaluate",
-    "ask": "llmbot.serving.torch_backend",
+    "ask": "llmbot.serving.decoding",
     "ChatSession": "llmbot.app.chat_repl",
     "serve": "llmbot.serving.api_server",
     "LLMBotError": "llmbot.core.errors",
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from llmbot.core.model_manager import load_bot
     from llmbot.evaluation.evaluate import evaluate_bot
     from llmbot.serving.api_server import serve
-    from llmbot.serving.torch_backend import ask
+    from llmbot.serving.decoding import ask
     from llmbot.training.lr_find import lr_find
     from llmbot.training.plan import plan
     from llmbot.training.show import show_batch, show_results

@@ -23,7 +23,7 @@ from llmbot.core.errors import BotError, ConfigError, TrainingError
 from llmbot.core.model_manager import load_bot, new_model, save_bot, train_tokenizer
 from llmbot.core.training_config import LoraConfig
 from llmbot.evaluation.evaluate import evaluate_bot
-from llmbot.serving.torch_backend import ask
+from llmbot.serving.decoding import ask
 from llmbot.training.methods import get_method
 from llmbot.training.trainer import TrainingResult, prepare_run, run_directory, train
 

@@ -11,9 +11,10 @@ from tiny_bots import make_bot
 
 from llmbot.core.config import Config, ModelConfig
 from llmbot.serving.backends import create_backend
+from llmbot.serving.decoding import generate_batch
 from llmbot.serving.http_exchange import EventStream
 from llmbot.serving.sampling_params import Chunk, GenerationRequest, RequestError, SamplingParams
-from llmbot.serving.torch_backend import TorchBackend, generate_batch
+from llmbot.serving.torch_backend import TorchBackend
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +81,7 @@ def test_one_bad_answer_leaves_the_others_alone(tiny: Path) -> None:
         expected = await read(backend, request(backend, "Once", temperature=0, max_new_tokens=25))
         good = asyncio.create_task(read(backend, request(backend, "Once", temperature=0, max_new_tokens=25)))
         beyond = GenerationRequest((10**6,), SamplingParams(temperature=0), "no such token")
-        with pytest.raises(IndexError):
+        with pytest.raises(RequestError, match="not in the vocabulary"):
             await read(backend, beyond)
         assert await good == expected
         await backend.stop()
@@ -123,16 +124,34 @@ def test_the_whole_context_can_be_used_and_no_more(tiny: Path) -> None:
     asyncio.run(main())
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_greedy_equals_transformers(tiny: Path, dtype: str) -> None:
+def test_greedy_equals_transformers(tiny: Path) -> None:
     async def main() -> None:
-        backend = await started(tiny, dtype=dtype)
+        backend = await started(tiny, dtype="float32")
         for prompt in ("What is 12 + 30?", "字", "Once upon a time " * 9):
             asked = request(backend, prompt, temperature=0, max_new_tokens=50)
             ids = torch.tensor([asked.prompt_ids])
             out = backend._bot.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=50, do_sample=False)
             got = [i for chunk in await read(backend, asked) for i in chunk.token_ids]
             assert got == out[0, ids.shape[1] :].tolist()
+        await backend.stop()
+
+    asyncio.run(main())
+
+
+def test_bfloat16_takes_the_likeliest_token_but_for_rounding(tiny: Path) -> None:
+    "Attention with a mask rounds otherwise than without one, so a near tie may turn; nothing worse may happen."
+
+    async def main() -> None:
+        backend = await started(tiny, dtype="bfloat16")
+        for prompt in ("What is 12 + 30?", "字", "Once upon a time " * 9):
+            asked = request(backend, prompt, temperature=0, max_new_tokens=50)
+            got = [i for chunk in await read(backend, asked) for i in chunk.token_ids]
+            ids = torch.tensor([[*asked.prompt_ids, *got]])
+            with torch.no_grad():
+                logits = backend._bot.model(ids).logits[0, len(asked.prompt_ids) - 1 : -1].float()
+            lost = logits.amax(1) - logits.gather(1, torch.tensor(got)[:, None])[:, 0]
+            assert (lost <= 2**-5 * logits.abs().amax(1)).all()  # a few times the dtype's precision of 2**-8
+            assert (lost == 0).float().mean() > 0.8
         await backend.stop()
 
     asyncio.run(main())

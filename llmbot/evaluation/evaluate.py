@@ -145,7 +145,7 @@ def answers_in_batches(
     bot: LoadedBot, questions: Sequence[Question], max_new_tokens: int, batch_size: int, progress: Progress | None
 ) -> list[tuple[str, bool]]:  # text, and whether it ended by itself
     "Greedy answers from the model itself."
-    from llmbot.serving.torch_backend import generate_batch
+    from llmbot.serving.decoding import generate_batch
 
     done = 0
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Runner', 'SoloRunner', 'Mailbox', 'Gate', 'Turns', 'Worker']
 
-# %% ../../nbs/serving/326_batch_worker.ipynb #3e5ddbd1
+# %% ../../nbs/serving/326_batch_worker.ipynb #4cf16224
 import asyncio
 import threading
 from collections import deque
@@ -24,7 +24,7 @@ from .sampling_params import Chunk
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# %% ../../nbs/serving/326_batch_worker.ipynb #f23aa0ab
+# %% ../../nbs/serving/326_batch_worker.ipynb #de6c528c
 class Runner(Protocol):
     "What a worker runs: `Batcher`, or `SoloRunner` where batching is not possible. For one thread."
 
@@ -39,7 +39,7 @@ class Runner(Protocol):
         "What is held now; from any thread."
         ...
 
-# %% ../../nbs/serving/326_batch_worker.ipynb #3d410368
+# %% ../../nbs/serving/326_batch_worker.ipynb #bed148ef
 class SoloRunner:
     "Answers one request at a time, first come, first served."
 
@@ -74,7 +74,12 @@ class SoloRunner:
         self.running = [] if chunk.finish_reason else [task]
         return [(task, chunk)]
 
-# %% ../../nbs/serving/326_batch_worker.ipynb #2d78b823
+# %% ../../nbs/serving/326_batch_worker.ipynb #7ba3dba5
+def _put_all(items: list[tuple["asyncio.Queue[Result]", Result]]) -> None:
+    for queue, item in items:
+        queue.put_nowait(item)
+
+
 class Mailbox:
     "What came of one task, in order, for the coroutine that waits for it."
 
@@ -96,13 +101,13 @@ class Mailbox:
         for loop in {box.loop for box, _ in items}:
             mine = [(box.queue, item) for box, item in items if box.loop is loop]
             try:
-                loop.call_soon_threadsafe(lambda mine=mine: [queue.put_nowait(item) for queue, item in mine])
+                loop.call_soon_threadsafe(_put_all, mine)
                 arrived[loop] = True
             except RuntimeError:  # the loop is closed, and its readers with it
                 arrived[loop] = False
         return [arrived[box.loop] for box, _ in items]
 
-# %% ../../nbs/serving/326_batch_worker.ipynb #4a3741e4
+# %% ../../nbs/serving/326_batch_worker.ipynb #f81fd450
 class Gate:
     "The worker's door: what other threads may touch, under one lock."
 
@@ -143,7 +148,7 @@ class Gate:
         if self._stopping:
             raise ServingError("the backend is stopped")
 
-# %% ../../nbs/serving/326_batch_worker.ipynb #9c7fee02
+# %% ../../nbs/serving/326_batch_worker.ipynb #364ec4cc
 class Turns(Gate):
     "What the thread does between two steps."
 
@@ -184,7 +189,7 @@ class Turns(Gate):
         alive = {*self._runner.running, *self._runner.waiting}
         self._boxes = {task: box for task, box in self._boxes.items() if task in alive}
 
-# %% ../../nbs/serving/326_batch_worker.ipynb #a77726ec
+# %% ../../nbs/serving/326_batch_worker.ipynb #387c0110
 class Worker(Turns):
     "A thread that steps a runner and sends each result to its reader."
 
@@ -216,4 +221,5 @@ class Worker(Turns):
                 self._boxes.update(self._arrived)
             Mailbox.send([(box, type(error)(str(error))) for box in self._boxes.values()])
             for _, _, future in self._calls:
-                future.cancelled() or future.set_exception(type(error)(str(error)))
+                if future.set_running_or_notify_cancel():
+                    future.set_exception(type(error)(str(error)))

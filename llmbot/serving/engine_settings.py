@@ -6,15 +6,24 @@
 __all__ = ['TorchSettings', 'OnnxSettings', 'VllmSettings', 'RemoteSettings']
 
 # %% ../../nbs/serving/303_engine_settings.ipynb #a57af878
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from ..core.settings import STRICT, section
+from ..core.training_config import Size
 
 # %% ../../nbs/serving/303_engine_settings.ipynb #97d638ff
 @section("engine")
 @dataclass(kw_only=True, config=STRICT)
 class TorchSettings:
     "Settings of the torch backend."
+
+    batching: bool = Field(default=True, description="Answers run as one batch; false: one at a time, through the model's own cache")
+    kv_cache_tokens: Size | None = Field(
+        default=None, description="Tokens whose keys and values are kept; unset: all concurrent answers at full context, "
+        "at most half of the free memory (of a GPU's, four fifths)")
+    prefill_chunk: Size = Field(default=256, description="Most prompt tokens computed between two tokens of the answers that run")
+    prefix_cache: bool = Field(default=True, description="Compute what prompts begin with in common once")
 
 # %% ../../nbs/serving/303_engine_settings.ipynb #37bfa959
 @section("engine")

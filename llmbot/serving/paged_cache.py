@@ -6,7 +6,7 @@
 __all__ = ['CPU_SHARE', 'GPU_SHARE', 'unpageable', 'CacheShape', 'cache_shape', 'default_kv_tokens', 'Rows', 'PagedCache',
            'paged_inputs', 'check_paging']
 
-# %% ../../nbs/serving/322_paged_cache.ipynb #4d0b4d16
+# %% ../../nbs/serving/322_paged_cache.ipynb #f4642ce6
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ from .kv_blocks import BLOCK, blocks_for
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-# %% ../../nbs/serving/322_paged_cache.ipynb #b2647130
+# %% ../../nbs/serving/322_paged_cache.ipynb #8ad7b30d
 def unpageable(
     config: "PreTrainedConfig",
     attn_implementation: str,  # as in `ModelConfig.attn_implementation`
@@ -33,7 +33,7 @@ def unpageable(
     other = sorted({type(layer).__name__ for layer in layers if type(layer) is not DynamicLayer})
     return f"its layers keep something else than all keys and values ({', '.join(other)})" if other else None
 
-# %% ../../nbs/serving/322_paged_cache.ipynb #ce912360
+# %% ../../nbs/serving/322_paged_cache.ipynb #b983effb
 @dataclass(frozen=True)
 class CacheShape:
     "What one token leaves in the cache, in each layer."
@@ -59,7 +59,7 @@ def cache_shape(model: "PreTrainedModel") -> CacheShape:
         raise ServingError("the layers of this model keep keys and values of different shapes; set engine.batching=false")
     return CacheShape(len(seen), *shapes.pop())
 
-# %% ../../nbs/serving/322_paged_cache.ipynb #2b44aaed
+# %% ../../nbs/serving/322_paged_cache.ipynb #a8327a41
 CPU_SHARE, GPU_SHARE = 0.5, 0.8  # of the memory that is free once the weights are loaded
 
 
@@ -75,7 +75,7 @@ def default_kv_tokens(
         free = psutil.virtual_memory().available * CPU_SHARE
     return max(min(context_length * answers, int(free / shape.bytes_per_token)), BLOCK)
 
-# %% ../../nbs/serving/322_paged_cache.ipynb #3056a5e2
+# %% ../../nbs/serving/322_paged_cache.ipynb #cf1c8690
 @dataclass(frozen=True)
 class Rows:
     "Where the new tokens of a forward pass lie. `width` is the longest row in tokens, rounded up to whole blocks."
@@ -100,7 +100,7 @@ class Rows:
         slots = padded.gather(1, positions // BLOCK) * BLOCK + positions % BLOCK
         return Rows(torch.tensor(ids).to(device), positions.to(device), slots.flatten().to(device), padded.to(device))
 
-# %% ../../nbs/serving/322_paged_cache.ipynb #4c2e5d0c
+# %% ../../nbs/serving/322_paged_cache.ipynb #3f5ac82f
 class PagedCache(Cache):
     "Keys and values of all answers, in blocks; a model's `past_key_values` for the rows given to `begin`."
 
@@ -140,7 +140,7 @@ class PagedCache(Cache):
         "Tokens of the longest row before this pass; positions are given, so nothing is computed from it."
         return int(self._rows.positions[:, 0].max())
 
-# %% ../../nbs/serving/322_paged_cache.ipynb #8418e26a
+# %% ../../nbs/serving/322_paged_cache.ipynb #a341ee32
 def paged_inputs(model: "PreTrainedModel", cache: PagedCache, rows: Rows) -> dict[str, Any]:
     "Arguments of `model(...)` for rows, after `cache.begin(rows)` was called with them."
     cache.begin(rows)
@@ -150,7 +150,7 @@ def paged_inputs(model: "PreTrainedModel", cache: PagedCache, rows: Rows) -> dic
         mask = torch.zeros_like(mask, dtype=model.dtype).masked_fill_(~mask, torch.finfo(model.dtype).min)
     return {"input_ids": rows.ids, "position_ids": rows.positions, "attention_mask": mask, "past_key_values": cache, "use_cache": True}
 
-# %% ../../nbs/serving/322_paged_cache.ipynb #3d59aec0
+# %% ../../nbs/serving/322_paged_cache.ipynb #1c4418ce
 @torch.inference_mode()
 def check_paging(
     model: "PreTrainedModel",

@@ -1,0 +1,237 @@
+"""The continuous batcher: every answer is what it would be alone, whatever runs beside it."""
+
+import asyncio
+from collections.abc import Sequence
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tiny_bots import make_bot
+
+from llmbot.core.bot import Manifest, bot_digest
+from llmbot.core.config import Config, ModelConfig
+from llmbot.core.model_manager import LoadedBot, load_bot, save_bot
+from llmbot.serving.adapter_switch import AdapterSwitch
+from llmbot.serving.backends import EngineDeadError, create_backend
+from llmbot.serving.batcher import Batcher, Task
+from llmbot.serving.decoding import decode_steps, new_sampler
+from llmbot.serving.kv_blocks import BLOCK, SharedBlocks, blocks_for
+from llmbot.serving.paged_cache import PagedCache, cache_shape
+from llmbot.serving.sampling_params import Chunk, GenerationRequest, RequestError, SamplingParams
+from llmbot.serving.torch_backend import TorchBackend
+
+ANSWERS: dict[tuple[tuple[int, ...], int, int | None], list[int]] = {}  # given alone, kept: the same are asked for again and again
+
+
+@pytest.fixture(scope="module")
+def bot(tmp_path_factory: pytest.TempPathFactory) -> LoadedBot:
+    return load_bot(make_bot(tmp_path_factory.mktemp("bots"), "tiny", seed=5), device="cpu")
+
+
+def alone(bot: LoadedBot, ids: tuple[int, ...], length: int, seed: int | None) -> list[int]:
+    "What transformers' `generate` answers; for a seed, what the one-at-a-time loop answers."
+    key = ids, length, seed
+    if key not in ANSWERS and seed is None:
+        prompt = torch.tensor([ids])
+        out = bot.model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=length, do_sample=False)
+        ANSWERS[key] = out[0, len(ids) :].tolist()
+    elif key not in ANSWERS:
+        request = GenerationRequest(ids, SamplingParams(temperature=1.1, seed=seed, max_new_tokens=length), "r")
+        ANSWERS[key] = [i for chunk in decode_steps(bot.model, request, bot.chat) for i in chunk.token_ids]
+    return ANSWERS[key]
+
+
+Asked = tuple[int, int, int, int | None, int, int | None]
+asked = st.tuples(
+    st.integers(0, 2),  # which of three beginnings
+    st.integers(1, 40),  # how much of it
+    st.integers(0, 9),  # what comes after it
+    st.sampled_from([None, None, 3]),  # seed; None: greedy
+    st.integers(0, 6),  # steps after the one before
+    st.sampled_from([None, None, None, 2, 9]),  # steps after which it is cancelled
+)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(asked, min_size=1, max_size=7), st.sampled_from([1, 3, 16, 64]), st.integers(5, 14), st.booleans(), st.data())
+def test_every_answer_is_what_it_is_alone(
+    bot: LoadedBot, requests: Sequence[Asked], chunk: int, blocks: int, keep: bool, data: st.DataObject
+) -> None:
+    "Any arrival times, lengths, shared beginnings, pieces of prompts, cancellations and amounts of memory."
+    switch, vocab = AdapterSwitch(bot), len(bot.tokenizer)
+    batcher = Batcher(SharedBlocks(blocks, keep), PagedCache(cache_shape(bot.model), blocks), new_sampler(bot.model, bot.chat), switch)
+    batcher.prefill_chunk = chunk
+    due: list[tuple[int, int | None, Task]] = []
+    clock = 0
+    for start, width, end, seed, wait, leave in requests:
+        clock += wait
+        ids = tuple((7 * start + 11 * i) % (vocab - 20) + 10 for i in range(width)) + (end + 10,)
+        temperature, length = (0.0 if seed is None else 1.1), data.draw(st.integers(1, 30))
+        params = SamplingParams(temperature=temperature, top_p=1 if seed is None else 0.95, seed=seed, max_new_tokens=length)
+        due.append((clock, leave, Task(GenerationRequest(ids, params, "r"), bot.chat)))
+    tokens: dict[Task, list[int]] = {task: [] for _, _, task in due}
+    began: list[Task] = []
+    for now in range(10_000):
+        batcher.waiting.extend(task for arrival, _, task in due if arrival == now)
+        for arrival, leave, task in due:
+            task.cancelled |= leave is not None and now >= arrival + leave
+        for task, result in batcher.step():
+            assert isinstance(result, Chunk), result
+            began += [task] * (result.completion_tokens == 1)
+            tokens[task] += result.token_ids
+        assert not any(task.cancelled for task in batcher.running)
+        assert batcher.load().kv_tokens <= blocks * BLOCK
+        if now > clock and not batcher.running and not batcher.waiting:
+            break
+    for _, leave, task in due:
+        expected = alone(bot, task.request.prompt_ids, task.request.params.max_new_tokens, task.request.params.seed)
+        assert tokens[task] == (expected if leave is None else expected[: len(tokens[task])])
+    assert batcher.pool.available == blocks  # nothing is lost
+
+
+def backend_of(path: Path, **engine: Any) -> TorchBackend:
+    backend = create_backend("torch", str(path), Config(model=ModelConfig(device="cpu"), engine=engine))
+    assert isinstance(backend, TorchBackend)
+    return backend
+
+
+async def read(backend: TorchBackend, ids: tuple[int, ...], adapter: str | None = None, **params: Any) -> list[Chunk]:
+    request = GenerationRequest(ids, SamplingParams(**{"temperature": 0, "max_new_tokens": 20, **params}), "r", adapter=adapter)
+    async with aclosing(backend.generate(request)) as stream:
+        return [chunk async for chunk in stream]
+
+
+def ids_of(chunks: Sequence[Chunk]) -> list[int]:
+    return [i for chunk in chunks for i in chunk.token_ids]
+
+
+def make_adapter(base: Path, folder: Path, seed: int) -> Path:
+    from peft import LoraConfig, get_peft_model
+
+    bot = load_bot(base, device="cpu")
+    torch.manual_seed(seed)
+    model = get_peft_model(bot.model, LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False))
+    return save_bot(folder, model, bot.tokenizer, Manifest(name=folder.name, parent=str(base), parent_digest=bot_digest(base)))
+
+
+def test_adapters_side_by_side_answer_as_each_does_alone(bot: LoadedBot, tmp_path: Path) -> None:
+    "One base, two adapters, the same long prompt: nothing of one is found under another, and unloading waits."
+    assert bot.path is not None
+    places = {name: make_adapter(bot.path, tmp_path / name, seed) for seed, name in enumerate("ab")}
+    ids = tuple(range(10, 60))
+    request = GenerationRequest(ids, SamplingParams(temperature=0, max_new_tokens=20), "r")
+    expected: dict[str | None, list[int]] = {None: alone(bot, ids, 20, None)}
+    for name, place in places.items():
+        own = load_bot(place, device="cpu")
+        expected[name] = ids_of(list(decode_steps(own.model, request, own.chat)))
+    assert len({tuple(e) for e in expected.values()}) == 3
+    path = bot.path
+
+    async def main() -> None:
+        backend = backend_of(path)
+        await backend.start()
+        for name, place in places.items():
+            await backend.load_adapter(name, str(place))
+        order = [None, "a", "b", "a", None, "b"]
+        both = await asyncio.gather(*(read(backend, ids, name) for name in order))
+        assert [ids_of(chunks) for chunks in both] == [expected[name] for name in order]
+        assert [chunks[0].cached_tokens for chunks in both] == [0, 0, 0, 48, 48, 48]
+        vector, other = await backend.embed(ids), await backend.embed(ids, "a")
+        hidden = bot.model(torch.tensor([ids]), output_hidden_states=True).hidden_states[-1][0].mean(0)
+        assert vector == pytest.approx(hidden.tolist(), abs=1e-4)
+        assert vector != pytest.approx(other, abs=1e-4)
+
+        running = backend.generate(GenerationRequest(ids, request.params, "r", adapter="a"))
+        first = await anext(running)
+        leaving = asyncio.create_task(backend.unload_adapter("a"))
+        rest = [chunk async for chunk in running]
+        assert ids_of([first, *rest]) == expected["a"]
+        await leaving
+        with pytest.raises(Exception, match="no adapter 'a'"):
+            await read(backend, ids, "a")
+        assert ids_of(await read(backend, ids, "b")) == expected["b"]
+        await backend.stop()
+
+    asyncio.run(main())
+
+
+def test_what_can_never_fit_is_refused_and_what_fits_alone_waits(bot: LoadedBot) -> None:
+    assert bot.path is not None
+    path, ids = bot.path, tuple(range(10, 40))
+
+    async def main() -> None:
+        backend = backend_of(path, kv_cache_tokens=64, prefix_cache=False, prefill_chunk=7)
+        await backend.start()
+        with pytest.raises(RequestError, match="79 tokens of the KV cache, in 5 blocks of 16, and it has 4") as caught:
+            await read(backend, ids, max_new_tokens=50)
+        assert caught.value.code == "kv_cache_exceeded"
+        answers = await asyncio.gather(*(read(backend, ids[k:]) for k in range(6)))
+        assert [ids_of(a) for a in answers] == [alone(bot, ids[k:], 20, None) for k in range(6)]
+        load = backend.load()
+        assert (load.running, load.waiting, load.kv_tokens, load.kv_capacity) == (0, 0, 0, 64)
+        await backend.stop()
+
+    asyncio.run(main())
+
+
+def test_a_dead_engine_tells_everybody(bot: LoadedBot, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert bot.path is not None
+    path = bot.path
+
+    def broken(self: Batcher, pairs: object) -> None:
+        raise MemoryError("no more")
+
+    async def main() -> None:
+        backend = backend_of(path)
+        await backend.start()
+        monkeypatch.setattr(Batcher, "_draw", broken)
+        errors = await asyncio.gather(*(read(backend, (10, 11 + k)) for k in range(3)), return_exceptions=True)
+        assert all(isinstance(error, EngineDeadError) for error in errors)
+        with pytest.raises(EngineDeadError, match="no more"):
+            await read(backend, (10, 11))
+        await backend.stop()
+
+    asyncio.run(main())
+
+
+def test_one_at_a_time_gives_the_same_answers(bot: LoadedBot) -> None:
+    assert bot.path is not None
+    path = bot.path
+
+    async def main() -> None:
+        backend = backend_of(path, batching=False)
+        assert not backend.capabilities().embeddings
+        assert "prompt_logprobs" not in backend.capabilities().parameters
+        await backend.start()
+        answers = await asyncio.gather(*(read(backend, (10, 11 + k)) for k in range(3)))
+        assert [ids_of(a) for a in answers] == [alone(bot, (10, 11 + k), 20, None) for k in range(3)]
+        await backend.stop()
+
+    asyncio.run(main())
+
+
+def test_a_real_model_tells_its_story_in_a_crowd(shared: Path) -> None:
+    bot = load_bot(shared / "models" / "stories260K", device="cpu")
+    text = "Once upon a time, there was a little girl named Lily. She loved to play outside in the park."
+    ids = tuple(bot.tokenizer("").input_ids) or (bot.tokenizer.bos_token_id,)
+    longer = tuple(bot.tokenizer(text).input_ids)
+
+    async def main() -> None:
+        backend = backend_of(shared / "models" / "stories260K")
+        await backend.start()
+        prompts = [ids, longer, longer[:9], longer + longer[1:7]]
+        answers = await asyncio.gather(*(read(backend, p, max_new_tokens=60, stop=()) for p in prompts))
+        for prompt, chunks in zip(prompts, answers, strict=True):
+            assert ids_of(chunks) == alone(bot, prompt, 60, None)
+        assert "".join(c.text for c in answers[0]).strip().startswith("Once upon a time, there was a little girl named Lily.")
+        await backend.stop()
+
+    asyncio.run(main())
+
+
+def test_blocks_are_counted_up() -> None:
+    assert [blocks_for(n) for n in (0, 1, 16, 17)] == [0, 1, 1, 2]
