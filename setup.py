@@ -11,7 +11,7 @@ cfg = ini["DEFAULT"]
 
 suffix = "_requirements"
 extras = {key.removesuffix(suffix): value.split() for key, value in cfg.items() if key.endswith(suffix)}
-extras["all"] = sorted({req for name, reqs in extras.items() if name != "dev" for req in reqs})
+extras["all"] = sorted({req for name, reqs in extras.items() if name not in ("dev", "vllm") for req in reqs})
 
 setup(
     name=cfg["lib_name"],

@@ -6,10 +6,12 @@
 __all__ = ['TorchSettings', 'OnnxSettings', 'VllmSettings', 'RemoteSettings']
 
 # %% ../../nbs/serving/303_engine_settings.ipynb #a57af878
-from pydantic import Field
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
-from ..core.settings import STRICT, section
+from ..core.settings import STRICT, Conflict, refuse, section
 from ..core.training_config import Size
 
 # %% ../../nbs/serving/303_engine_settings.ipynb #97d638ff
@@ -35,7 +37,30 @@ class OnnxSettings:
 @section("engine")
 @dataclass(kw_only=True, config=STRICT)
 class VllmSettings:
-    "Settings of the vllm backend."
+    "Settings of the vllm backend; what is unset is as vLLM itself has it."
+    max_model_len: Size | None = Field(default=None, description="Most tokens of prompt and answer together; unset: the bot's context")
+    max_num_seqs: Size | None = Field(default=None, description="Most requests in one step")
+    max_num_batched_tokens: Size | None = Field(default=None, description="Most tokens in one step; a longer prompt is computed in parts")
+    block_size: Size | None = Field(default=None, description="Tokens in a block of the cache, the unit in which prompts are shared")
+    enable_prefix_caching: bool = Field(default=True, description="Compute the beginning that prompts share once")
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        default=None, description="Share of a device's memory for weights and cache; not beside kv_cache_gb")
+    kv_cache_gb: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="GiB for keys and values; unset: by gpu_memory_utilization, or 2 on a CPU where that is unset too")
+    tensor_parallel_size: Size = Field(default=1, description="Devices that share one model")
+    enforce_eager: bool = Field(default=False, description="Compile nothing: starts sooner, computes slower")
+    enable_lora: bool | None = Field(default=None, description="Take adapters; unset: when the bot is one or serving.adapters names some")
+    max_loras: Size = Field(default=4, description="Most adapters in one step; others wait for their turn")
+    max_lora_rank: Size | None = Field(default=None, description="Highest rank of an adapter; unset: that of serving.adapters, or 16")
+    quantization: str | None = Field(default=None, description="Method by vLLM's name, such as fp8 or bitsandbytes")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(default="warning", description="Level of vLLM's own log")
+    args: dict[str, Any] = Field(default_factory=dict, description="Any other field of vLLM's AsyncEngineArgs, by its name")
+
+    @model_validator(mode="after")
+    def _refuse_conflicts(self) -> Self:
+        if self.kv_cache_gb is not None and self.gpu_memory_utilization is not None:
+            refuse([Conflict(("kv_cache_gb", "gpu_memory_utilization"), "either says how large the cache is: set one of them")])
+        return self
 
 # %% ../../nbs/serving/303_engine_settings.ipynb #08555ff1
 @section("engine")
