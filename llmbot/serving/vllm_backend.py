@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DECIDED', 'LORA_RANKS', 'CPU_CACHE_GB', 'CPU_HEAD_SIZES', 'check_args', 'lora_rank', 'engine_args', 'check_fits',
-           'structured', 'sampling_arguments', 'token_logprob', 'Answer', 'engine_errors', 'check_adapter', 'Adapters',
-           'EngineStats', 'EnginePlan', 'EngineHolder', 'engine_load', 'engine_request', 'VllmBackend']
+           'engine_errors', 'check_adapter', 'Adapters', 'EngineStats', 'EnginePlan', 'EngineHolder', 'engine_load',
+           'engine_request', 'VllmBackend']
 
 # %% ../../nbs/serving/338_vllm_backend.ipynb #a1f0c004
 import asyncio
@@ -29,12 +29,11 @@ from ..core.model_manager import LoadedBot, adapter_settings, context_length, fi
 from ..core.settings import changed
 from .backends import Capabilities, EngineDeadError, EngineLoad, check_context, engine_settings, register_backend
 from .engine_settings import VllmSettings
-from .output_text import OutputText
-from .sampling_params import Chunk, Constraint, FinishReason, GenerationRequest, RequestError, SamplingParams
-from .sampling_params import TokenLogprob
+from .sampling_params import Chunk, GenerationRequest, RequestError
+
+from .vllm_requests import Answer, sampling_arguments, structured
 
 if TYPE_CHECKING:
-    from vllm import RequestOutput
     from vllm.lora.request import LoRARequest
     from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -128,73 +127,6 @@ def check_fits(
         sizes = ", ".join(map(str, CPU_HEAD_SIZES))
         raise ServingError(f"{bot.name} has attention heads of width {width}; vLLM on a CPU computes widths of {sizes}. "
                            "Serve it with serving.backend=torch or onnx.")
-
-# %% ../../nbs/serving/338_vllm_backend.ipynb #a1f0c016
-def structured(constraint: Constraint) -> dict[str, Any]:
-    "Arguments of vLLM's StructuredOutputsParams."
-    by_kind: dict[str, dict[str, Any]] = {"json_object": {"json_object": True}, "json_schema": {"json": constraint.text}}
-    return by_kind.get(constraint.kind, {"regex": constraint.text})
-
-
-def sampling_arguments(
-    params: SamplingParams,
-    stop_token_ids: Sequence[int],  # of the bot
-) -> dict[str, Any]:
-    "Arguments of vLLM's SamplingParams, structured output apart. Raises `RequestError` for what contradicts itself."
-    if params.constraint and params.ignore_eos:
-        raise RequestError("a form of the answer ends it, and ignore_eos would go on", param="ignore_eos", code="invalid_value")
-    same = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logprobs",
-            "prompt_logprobs")
-    return {
-        **{name: getattr(params, name) for name in same},
-        "max_tokens": params.max_new_tokens,
-        "seed": 2**63 if params.seed == -1 else params.seed,  # to vLLM -1 means none
-        "logit_bias": dict(params.logit_bias) or None,
-        "ignore_eos": True,  # of vLLM's own choice; ours are the stop tokens
-        "stop_token_ids": [] if params.ignore_eos else list(stop_token_ids),
-        "detokenize": False,
-    }
-
-# %% ../../nbs/serving/338_vllm_backend.ipynb #a1f0c019
-def token_logprob(
-    token_id: int,
-    found: Mapping[int, Any],  # vLLM's: token id -> Logprob, the token itself among them
-    count: int,  # likeliest tokens that were asked for
-) -> TokenLogprob:
-    "vLLM's log-probabilities at one position, as ours."
-    falling = sorted(((i, entry.logprob) for i, entry in found.items()), key=lambda pair: -pair[1])
-    return TokenLogprob(token_id, found[token_id].logprob, tuple(falling[:count]))
-
-
-class Answer:
-    "Turns vLLM's outputs for one request into chunks."
-
-    def __init__(self, request: GenerationRequest, chat: ChatFormat) -> None:
-        self._request, self._output, self._count = request, OutputText(request, chat.decode), 0
-        self._silent = frozenset(chat.stop_token_ids)  # no part of the text
-        self._stop = frozenset() if request.params.ignore_eos else self._silent
-
-    def take(self, result: "RequestOutput") -> Chunk:  # with a finish reason when the answer is complete
-        "The chunk of one output. Raises `ServingError` when the engine gave the request up."
-        part, params, prompt = result.outputs[0], self._request.params, self._request.prompt_ids
-        text, ids, ended = "", [], False
-        for token in part.token_ids:
-            ids.append(token)
-            text += "" if token in self._silent else self._output.push(token)
-            if ended := token in self._stop or self._output.stopped:
-                break
-        reason: FinishReason | None = "stop" if ended else "length" if part.finish_reason == "length" else None
-        if reason is None and part.finish_reason not in (None, "stop"):
-            raise ServingError(f"vLLM ended the request before the answer was complete ({part.finish_reason})")
-        if reason or part.finish_reason:
-            text += self._output.finish()
-            reason = "stop" if self._output.stopped or reason is None else reason
-        self._count += len(ids)
-        logprobs = tuple(token_logprob(i, at, params.logprobs or 0) for i, at in zip(ids, part.logprobs or (), strict=False))
-        asked = result.prompt_logprobs or ()
-        before = tuple(at and token_logprob(i, at, params.prompt_logprobs or 0) for i, at in zip(prompt, asked, strict=False))
-        cached = result.num_cached_tokens or 0
-        return Chunk(text, tuple(ids), reason, len(prompt), self._count, logprobs, before, cached)
 
 # %% ../../nbs/serving/338_vllm_backend.ipynb #a1f0c021
 @contextlib.contextmanager
