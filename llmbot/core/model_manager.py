@@ -23,6 +23,7 @@ from .bot import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Manifest, Reference, bot_diges
 from .bot import is_adapter, read_manifest, resolve_reference, write_manifest
 from .chat import ChatFormat
 from .errors import BotError
+from .exports import refuse_export
 
 if TYPE_CHECKING:
     import torch
@@ -98,6 +99,7 @@ def read_weights(
     "A whole bot's weights, from safetensors only; missing tensors are refused. Raises `BotError`, `MissingExtraError`."
     from transformers import AutoModelForCausalLM
 
+    refuse_export(reference.location)
     bits = quantized(quantization, device, dtype) if quantization != "none" else {}
 
     with bot_errors("the weights", reference.location), quiet_bars():
