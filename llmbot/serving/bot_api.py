@@ -20,7 +20,7 @@ from .conversations import MAX_MESSAGES, Conversation, Conversations, Conversati
 from .http_exchange import STREAMS, SamplingFields, respond
 from .http_guard import StrictRoute
 from .model_server import ModelServer
-from .openai_api import usage
+from .openai_answers import usage
 from .prompts import encode_prompt
 from .sampling_params import BOUNDS, Chunk, RequestError
 
@@ -181,7 +181,8 @@ async def answer(
             yield {"text": chunk.text}
 
     chunks = server.stream(prompt, bot.name, asked.params(asked.max_new_tokens), name, request.state.key)
-    return await respond(request, kept(chunks, turn) if turn else chunks, asked.stream, body, frames)
+    answered = kept(chunks, turn) if turn else chunks
+    return await respond(request, answered, asked.stream, body, frames, server.bots.serving.ping_s)
 
 # %% ../../nbs/serving/380_bot_api.ipynb #042f8e68
 def bot_router(

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['SPACE', 'FLOOR', 'byte_alphabet', 'TokenTexts', 'chat_logprobs', 'CompletionLogprobs']
 
-# %% ../../nbs/serving/371_token_texts.ipynb #a5e4addc
+# %% ../../nbs/serving/371_token_texts.ipynb #54188a4b
+import functools
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -14,12 +15,13 @@ from ..core.chat import ChatFormat
 from .output_text import IncrementalDetokenizer
 from .sampling_params import TokenLogprob
 
-# %% ../../nbs/serving/371_token_texts.ipynb #8d844ac5
+# %% ../../nbs/serving/371_token_texts.ipynb #a00ded36
 SPACE = "\u2581"  # SentencePiece's
 FLOOR = -9999.0  # OpenAI's number for a token that is out of the question: JSON has no infinity
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
+@functools.cache
 def byte_alphabet() -> dict[str, int]:
     "The byte behind each character of a byte-level vocabulary (GPT-2's table)."
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -68,7 +70,7 @@ class TokenTexts:
         "Its text; `bytes:` and their numbers where it is a part of a character."
         return self._find(token_id)[1]
 
-# %% ../../nbs/serving/371_token_texts.ipynb #1a42b0a9
+# %% ../../nbs/serving/371_token_texts.ipynb #8acc3c9e
 def chat_logprobs(texts: TokenTexts, logprobs: Iterable[TokenLogprob]) -> dict[str, Any]:
     "The `logprobs` of a chat answer, or of a piece of one."
 
@@ -78,7 +80,7 @@ def chat_logprobs(texts: TokenTexts, logprobs: Iterable[TokenLogprob]) -> dict[s
     content = [{**shown(t.token_id, t.logprob), "top_logprobs": [shown(*pair) for pair in t.top]} for t in logprobs]
     return {"content": content, "refusal": None}
 
-# %% ../../nbs/serving/371_token_texts.ipynb #0c1b3a75
+# %% ../../nbs/serving/371_token_texts.ipynb #a730cd5e
 class CompletionLogprobs:
     "Writes the `logprobs` of one answer of `/v1/completions`, piece by piece."
 
