@@ -152,11 +152,13 @@ def test_stop_strings(client: openai.OpenAI) -> None:
 @pytest.mark.parametrize(
     ("given", "param"),
     [
-        ({"n": 2}, "n"),
-        ({"logprobs": True}, "logprobs"),
-        ({"logit_bias": {"5": 10}}, "logit_bias"),
-        ({"frequency_penalty": 0.5}, "frequency_penalty"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"n": 9}, "n"),
+        ({"n": 10**9}, "n"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"logit_bias": {"5": 101}}, None),
+        ({"frequency_penalty": 2.5}, "frequency_penalty"),
+        ({"response_format": {"type": "json_schema"}}, "response_format"),
+        ({"extra_body": {"best_of": 2}}, "best_of"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
         ({"temperature": 2.5}, "temperature"),
         ({"top_p": 0}, "top_p"),
