@@ -89,7 +89,9 @@ def test_chat_whole_and_streamed(client: openai.OpenAI, model: str) -> None:
     assert "".join(p.choices[0].delta.content or "" for p in pieces if p.choices) == whole.choices[0].message.content
     assert [p.choices[0].finish_reason for p in pieces if p.choices][-1] == "length"
     assert pieces[-1].choices == []
-    assert pieces[-1].usage == whole.usage
+    assert pieces[-1].usage is not None
+    assert pieces[-1].usage.model_copy(update={"prompt_tokens_details": None}) == whole.usage.model_copy(
+        update={"prompt_tokens_details": None})  # the second time the prompt may have been computed already
     without = list(client.chat.completions.create(**ask, stream=True))
     assert all(p.usage is None for p in without)
 

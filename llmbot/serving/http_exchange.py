@@ -95,7 +95,7 @@ Item = TypeVar("Item")
 
 
 async def keep_alive(
-    send: Callable[[bytes], Coroutine[Any, Any, None]],
+    send: Callable[[Message], Coroutine[Any, Any, None]],  # ASGI's
     sent: Callable[[], float],  # when something was last sent, by `time.monotonic`
     ping_s: float,
 ) -> None:
@@ -103,10 +103,10 @@ async def keep_alive(
     while True:
         silence = time.monotonic() - sent()
         if silence >= ping_s:
-            await send(PING)
+            await send({"type": "http.response.body", "body": PING, "more_body": True})
         await asyncio.sleep(max(ping_s - silence, 0.001) if silence < ping_s else ping_s)
 
-
+# %% ../../nbs/serving/364_http_exchange.ipynb #8dc89b7b
 class EventStream(EventSourceResponse, Generic[Item]):
     "Server-sent events made of chunks, closed with the response."
 
@@ -142,10 +142,7 @@ class EventStream(EventSourceResponse, Generic[Item]):
                 await send(message)
                 self._sent = time.monotonic()
 
-        async def ping(data: bytes) -> None:
-            await noted({"type": "http.response.body", "body": data, "more_body": True})
-
-        pings = asyncio.create_task(keep_alive(ping, lambda: self._sent, self._ping_s))
+        pings = asyncio.create_task(keep_alive(noted, lambda: self._sent, self._ping_s))
         try:
             async with aclosing(self._chunks):
                 await super().__call__(scope, receive, noted)

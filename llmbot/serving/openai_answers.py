@@ -222,7 +222,7 @@ class Echo:
     text: str = ""  # to begin the answer with
     shown: bool = False  # the answer begins with the prompt
 
-
+# %% ../../nbs/serving/372_openai_answers.ipynb #11333373
 class TextWriter(Writer):
     "Writes the answers to one request of `/v1/completions`."
 

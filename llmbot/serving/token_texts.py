@@ -28,7 +28,7 @@ def byte_alphabet() -> dict[str, int]:
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
-
+# %% ../../nbs/serving/371_token_texts.ipynb #6cf0095a
 class TokenTexts:
     "What the tokens of one bot are called."
 
