@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from ..core.settings import STRICT, Conflict, refuse, section
-from ..core.training_config import Size
+from ..core.training_config import Name, Names, Size
 
 # %% ../../nbs/serving/303_engine_settings.ipynb #97d638ff
 @section("engine")
@@ -67,3 +67,12 @@ class VllmSettings:
 @dataclass(kw_only=True, config=STRICT)
 class RemoteSettings:
     "Settings of the remote backend."
+    urls: Names = Field(default_factory=list, description="Base URLs of OpenAI-compatible servers, such as http://127.0.0.1:8001/v1")
+    model: Name | None = Field(default=None, description="The model's name there; unset: the bot's name")
+    api_key_env: Name = Field(default="LLMBOT_REMOTE_API_KEY", description="Environment variable that holds their key, if they ask for one")
+    prompt: Literal["ids", "text"] = Field(default="ids", description="Send prompts as token ids, exact, or as text to servers without")
+    connect_timeout_s: float = Field(default=5, gt=0, description="Seconds for a connection")
+    first_token_timeout_s: float = Field(default=60, gt=0, description="Seconds from the request to the first token")
+    token_timeout_s: float = Field(default=30, gt=0, description="Seconds between two tokens")
+    retries: int = Field(default=2, ge=0, le=10, description="Further rounds over the URLs, before the first token only")
+    down_s: float = Field(default=10, ge=0, description="Seconds that a URL which failed is asked last")
