@@ -26,8 +26,9 @@ def request(backend: TorchBackend, prompt: str, **params: Any) -> GenerationRequ
     return GenerationRequest(tuple(backend.chat.tokenizer(prompt).input_ids), SamplingParams(**params), prompt)
 
 
-async def started(path: Path, **model: Any) -> TorchBackend:
-    backend = create_backend("torch", str(path), Config(model=ModelConfig(**{"device": "cpu", **model})))
+async def started(path: Path, batching: bool = True, **model: Any) -> TorchBackend:
+    cfg = Config(model=ModelConfig(**{"device": "cpu", **model}), engine={"batching": batching})
+    backend = create_backend("torch", str(path), cfg)
     assert isinstance(backend, TorchBackend)
     await backend.start()
     return backend
@@ -124,9 +125,10 @@ def test_the_whole_context_can_be_used_and_no_more(tiny: Path) -> None:
     asyncio.run(main())
 
 
-def test_greedy_equals_transformers(tiny: Path) -> None:
+@pytest.mark.parametrize(("dtype", "batching"), [("float32", True), ("float32", False), ("bfloat16", False)])
+def test_greedy_equals_transformers(tiny: Path, dtype: str, batching: bool) -> None:
     async def main() -> None:
-        backend = await started(tiny, dtype="float32")
+        backend = await started(tiny, batching, dtype=dtype)
         for prompt in ("What is 12 + 30?", "字", "Once upon a time " * 9):
             asked = request(backend, prompt, temperature=0, max_new_tokens=50)
             ids = torch.tensor([asked.prompt_ids])
@@ -139,7 +141,7 @@ def test_greedy_equals_transformers(tiny: Path) -> None:
 
 
 def test_bfloat16_takes_the_likeliest_token_but_for_rounding(tiny: Path) -> None:
-    "Attention with a mask rounds otherwise than without one, so a near tie may turn; nothing worse may happen."
+    "In a batch, attention with a mask rounds otherwise than without one, so a near tie may turn; nothing worse may happen."
 
     async def main() -> None:
         backend = await started(tiny, dtype="bfloat16")
