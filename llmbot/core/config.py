@@ -165,6 +165,8 @@ class MonitoringConfig:
     run_name: Name | None = Field(default=None, description="Name of the run in the trackers; unset: the bot's name")
     sample_prompts: Names = Field(default_factory=list, description="Prompts whose answers are logged during training")
     sample_steps: Size | None = Field(default=None, description="Steps between two such samples; unset: at each evaluation")
+    resource_interval_s: Annotated[float, Field(ge=0.1)] | None = Field(
+        default=10, description="Seconds between two readings of CPU, memory, disk and GPUs; null: none are taken")
 
     @model_validator(mode="after")
     def _refuse_conflicts(self) -> Self:
