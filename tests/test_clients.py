@@ -60,6 +60,27 @@ print(json.dumps([whole.content, "".join(pieces), whole.usage_metadata["output_t
     assert pieces > 2
 
 
+def test_langchain_embeddings(url: str, bot: Path, tmp_path: Path) -> None:
+    "LangChain sends texts as they are where it is told not to cut them by OpenAI's own tokenizer."
+    import torch
+
+    from llmbot.core.model_manager import load_bot
+
+    texts = ["What is 12 + 30?", "Once upon a time"]
+    said = run(url, tmp_path, "python", "-", script=f'''
+import json
+from langchain_openai import OpenAIEmbeddings
+maker = OpenAIEmbeddings(model="tiny", base_url="{url}/v1", api_key="{TOKEN}", check_embedding_ctx_length=False)
+print(json.dumps([maker.embed_documents({texts!r}), maker.embed_query({texts[1]!r})]))
+''')
+    documents, query = json.loads(said.splitlines()[-1])
+    loaded = load_bot(bot)
+    with torch.inference_mode():
+        states = [loaded.model.model(torch.tensor([loaded.tokenizer(text).input_ids])).last_hidden_state[0] for text in texts]  # type: ignore[operator]
+    for vector, state in zip([*documents, query], [*states, states[1]], strict=True):
+        assert vector == pytest.approx(state.mean(0).tolist(), rel=1e-4, abs=1e-5)
+
+
 def test_litellm(url: str, bot: Path, tmp_path: Path) -> None:
     said = run(url, tmp_path, "python", "-", script=f'''
 import json, litellm

@@ -28,10 +28,12 @@ from .admin_api import admin_router
 from .bot_api import bot_router
 from .conversation_api import conversation_router
 from .conversations import Conversations
+from .embeddings_api import embeddings_router
 from .http_guard import ERRORS, BodyReader, RequestBounds, RequestNames, install_error_handlers
 from .model_server import ModelServer
 from .openai_api import openai_router
 from .status_api import OPEN_PATHS, status_router
+from .tokens_api import tokens_router
 
 # %% ../../nbs/serving/390_api_server.ipynb #e9513bee
 def add_middlewares(
@@ -71,7 +73,7 @@ def create_app(
     app = FastAPI(title="llmbot", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None, responses=ERRORS)
     app.state.server, app.state.conversations = server, kept
     own = (bot_router(server, kept), conversation_router(server, kept), status_router(server), admin_router(server))
-    for router in (*own, openai_router(server)):
+    for router in (*own, openai_router(server), embeddings_router(server), tokens_router(server)):
         app.include_router(router)
     install_error_handlers(app)
     add_middlewares(app, settings)

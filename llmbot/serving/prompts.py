@@ -24,6 +24,7 @@ class ChatPrompt:
     messages: Sequence[Mapping[str, Any]]  # as OpenAI has them
     tools: Sequence[Mapping[str, Any]] | None = None  # functions that the bot may call, as OpenAI has them
     continue_final_message: bool = False  # go on with the last message, one of the assistant, instead of answering
+    add_generation_prompt: bool | None = None  # end with the opening of an answer; None: unless the last message goes on
 
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]] | ChatPrompt
@@ -40,7 +41,8 @@ def chat_prompt_ids(
             message = "this bot's chat template does not show tools to the model; leave tools out"
             raise RequestError(message, param="tools", code="unsupported_parameter")
         goes_on = prompt.continue_final_message
-        return tuple(chat.render(prompt.messages, prompt.tools or None, not goes_on, goes_on).input_ids)
+        opens = not goes_on if prompt.add_generation_prompt is None else prompt.add_generation_prompt
+        return tuple(chat.render(prompt.messages, prompt.tools or None, opens, goes_on).input_ids)
     except (DataError, BotError) as exc:
         raise RequestError(str(exc), param="messages", code="invalid_messages") from exc
 
