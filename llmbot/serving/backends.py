@@ -151,7 +151,7 @@ BackendFactory = Callable[[str, Config], Backend]
 Factory = TypeVar("Factory", bound=BackendFactory)
 
 _factories: dict[str, BackendFactory] = {}
-_builtin = {name: f"llmbot.serving.{name}_backend" for name in ("torch", "vllm", "remote")}  # importing the module registers the name
+_builtin = {name: f"llmbot.serving.{name}_backend" for name in ("torch", "onnx", "vllm", "remote")}  # importing it registers the name
 
 
 def register_backend(name: str) -> Callable[[Factory], Factory]:

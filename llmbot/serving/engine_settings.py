@@ -33,6 +33,12 @@ class TorchSettings:
 class OnnxSettings:
     "Settings of the onnx backend."
 
+    provider: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="What it runs on; auto: what it was exported for")
+    intra_op_num_threads: Size | None = Field(default=None, description="Threads of one operator; unset: as the export says")
+    kv_cache_tokens: Size | None = Field(
+        default=None, description="Tokens that caches are allocated for; unset: all concurrent answers at full context")
+    prefill_chunk: Size = Field(default=256, description="Most prompt tokens computed between two tokens of the answers that run")
+
 # %% ../../nbs/serving/303_engine_settings.ipynb #9bee22c5
 @section("engine")
 @dataclass(kw_only=True, config=STRICT)
