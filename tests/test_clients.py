@@ -81,6 +81,43 @@ print(json.dumps([maker.embed_documents({texts!r}), maker.embed_query({texts[1]!
         assert vector == pytest.approx(state.mean(0).tolist(), rel=1e-4, abs=1e-5)
 
 
+def test_langchain_tools(url: str, tmp_path: Path) -> None:
+    "A bot of random weights that must call, asked through `bind_tools`: whole, streamed, and its result sent back."
+    said = run(url, tmp_path, "python", "-", script=f'''
+import json
+from langchain_core.messages import HumanMessage, ToolMessage
+from langchain_core.tools import tool
+from langchain_openai import ChatOpenAI
+
+@tool
+def weather(day: int, sunny: bool) -> str:
+    "Tells the weather."
+    return f"{{day}} {{sunny}}"
+
+chat = ChatOpenAI(model="tiny", base_url="{url}/v1", api_key="{TOKEN}", temperature=0, max_tokens=100)
+bound = chat.bind_tools([weather], tool_choice="weather", strict=True)
+whole = bound.invoke("Hello")
+streamed = None
+for chunk in bound.stream("Hello"):
+    streamed = chunk if streamed is None else streamed + chunk
+call = whole.tool_calls[0]
+talk = [HumanMessage("Hello"), whole, weather.invoke(call)]
+answer = chat.bind_tools([weather]).invoke(talk)
+free = chat.bind_tools([weather], parallel_tool_calls=False).invoke("Hello")
+print(json.dumps([[c["name"], c["args"]] for c in (call, streamed.tool_calls[0])] + [isinstance(talk[2], ToolMessage),
+      talk[2].content, answer.usage_metadata["input_tokens"] - free.usage_metadata["input_tokens"], whole.content]))
+''')
+    whole, streamed, is_result, result, longer, content = json.loads(said.splitlines()[-1])
+    assert whole == streamed
+    name, arguments = whole
+    assert (name, set(arguments)) == ("weather", {"day", "sunny"})
+    assert [type(arguments[key]) for key in ("day", "sunny")] == [int, bool]
+    assert is_result
+    assert result == f"{arguments['day']} {arguments['sunny']}"
+    assert longer > 0  # the call and its result are in the prompt
+    assert content == ""
+
+
 def test_litellm(url: str, bot: Path, tmp_path: Path) -> None:
     said = run(url, tmp_path, "python", "-", script=f'''
 import json, litellm

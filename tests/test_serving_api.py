@@ -161,7 +161,7 @@ def test_stop_strings(client: openai.OpenAI) -> None:
         ({"frequency_penalty": 2.5}, "frequency_penalty"),
         ({"response_format": {"type": "json_schema"}}, "response_format"),
         ({"extra_body": {"best_of": 2}}, "best_of"),
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+        ({"tools": [{"type": "function", "function": {"name": "f()"}}]}, "tools.0.function.name"),
         ({"temperature": 2.5}, "temperature"),
         ({"top_p": 0}, "top_p"),
         ({"max_tokens": 0}, "max_tokens"),

@@ -153,3 +153,39 @@ def test_a_bot_that_must_call_calls(name: str) -> None:
         for call in calls:
             jsonschema.validate(json.loads(call.arguments), schemas[call.name])
     assert counts == {1} if name == "llama3" else 1 in counts and len(counts) > 1
+
+
+@pytest.mark.parametrize("parallel", [True, False])
+@pytest.mark.parametrize("name", CHATS)
+def test_a_free_bot_is_held_to_the_schema_once_it_calls(name: str, parallel: bool) -> None:
+    "Answers that begin as text, as a call, as text and a call, or as half a tag, and go on at random."
+    chat, form = CHATS[name], tool_call_format(CHATS[name])
+    assert form is not None
+    day = {"type": "object", "properties": {"day": {"enum": ["heute", "世"]}}, "required": ["day"], "additionalProperties": False}
+    tools = [{"type": "function", "function": {"name": key, "strict": True, "parameters": day}} for key in ("weather", "tides")]
+    size = len(chat.tokenizer)
+    sampler = BatchSampler(size, "cpu", Grammars(chat.tokenizer, size, chat.stop_token_ids))
+    constraint, counts = tool_constraint(form, tools, "auto", parallel), {}
+    calling = form.begin or ("[" if form.as_list else "{")
+    for start, seed in [(start, seed) for start in ("Hi", calling, "Hi" + form.begin, "<tool ca") for seed in range(6)]:
+        begin = [form.opener] if form.opener is not None and start == calling else []
+        begin += chat.tokenizer(start, add_special_tokens=False).input_ids
+        sampler.add("r", SamplingParams(temperature=1.0, top_p=1.0, seed=seed, constraint=constraint), [1])
+        ids: list[int] = []
+        while not ids or ids[-1] not in chat.stop_token_ids:
+            scores = torch.zeros(1, size)
+            scores[0, chat.stop_token_ids[0]] = 3  # soon, where that is allowed
+            if len(ids) < len(begin):
+                scores[0, begin[len(ids)]] = 60
+            ids.append(sampler.sample(scores, ["r"])[0].token_id)
+        sampler.remove("r")
+        said, calls, malformed = parse_tool_calls(form, chat.decode(ids))
+        assert malformed == 0
+        assert said.startswith("" if start == calling else start.removesuffix(form.begin))
+        for call in calls:
+            jsonschema.validate(json.loads(call.arguments), day)
+        counts.setdefault(start, set()).add(len(calls))
+    assert counts["Hi"] == counts["<tool ca"] == {0}
+    assert 0 not in counts[calling]
+    if not parallel:
+        assert counts[calling] == {1}

@@ -293,6 +293,26 @@ def test_a_schema_is_kept(backend: Watched) -> None:
         run(read(backend, asked(backend, "What", constraint=Constraint("regex", "(a"))))
 
 
+def test_a_bot_that_must_call_calls(url: str) -> None:
+    "Random weights, and calls that follow their schemas; whole and streamed they are the same."
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+    schemas: dict[str, Any] = {"add": {"a": {"enum": [1, 22]}}, "now": {}}
+    tools: list[Any] = [{"type": "function", "function": {"name": name, "strict": True, "parameters": {
+        "type": "object", "properties": given, "required": [*given], "additionalProperties": False}}} for name, given in schemas.items()]
+    for choice in ("required", {"type": "function", "function": {"name": "add"}}):
+        for seed in range(3):
+            ask: dict[str, Any] = {"model": "base", "messages": QUESTION, "tools": tools, "tool_choice": choice, "seed": seed,
+                                   "temperature": 1.5, "max_tokens": 300, "parallel_tool_calls": False}  # fmt: skip
+            answer = client.chat.completions.create(**ask).choices[0]
+            assert answer.finish_reason == "tool_calls"
+            [call] = answer.message.tool_calls or []
+            given = json.loads(call.function.arguments)
+            assert given == {} if call.function.name == "now" else given in ({"a": 1}, {"a": 22})
+            assert choice == "required" or call.function.name == "add"
+            deltas = [d for c in client.chat.completions.create(**ask, stream=True) for d in c.choices[0].delta.tool_calls or []]
+            assert "".join(d.function.arguments or "" for d in deltas) == call.function.arguments
+
+
 def test_requests_that_cannot_be_are_refused_and_leave_the_engine_alone(backend: Watched) -> None:
     with pytest.raises(RequestError):
         run(read(backend, GenerationRequest((10**6,), SamplingParams(temperature=0), "no such token")))

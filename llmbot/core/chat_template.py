@@ -60,7 +60,8 @@ def _tool_call(call: Any, where: str) -> dict[str, Any]:
         except ValueError as exc:
             raise DataError(f"{where}: the arguments of the tool call '{function['name']}' are not JSON: {exc}.") from exc
     outer = call if "function" in call else {}
-    return {**outer, "type": "function", "function": {**function, "arguments": arguments}}
+    said = {"name": function["name"], "arguments": arguments}  # in this order, which templates write as it comes
+    return {**outer, "type": "function", "function": {**said, **{k: v for k, v in function.items() if k not in said}}}
 
 # %% ../../nbs/core/014_chat_template.ipynb #aa1ffcd1
 def normalise_messages(

@@ -12,13 +12,13 @@ import difflib
 import importlib
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, get_args, runtime_checkable
 
 from ..core.config import Config
 from ..core.errors import ServingError
 from ..core.own_settings import ENGINE_SETTINGS, OWN_SETTINGS
 from ..core.settings import import_object
-from .sampling_params import Chunk, GenerationRequest, RequestError, SamplingParams
+from .sampling_params import Chunk, ConstraintKind, GenerationRequest, RequestError, SamplingParams
 
 if TYPE_CHECKING:
     from llmbot.core.chat import ChatFormat
@@ -39,6 +39,7 @@ class Capabilities:
     max_concurrent_requests: int | None = None  # how many it runs side by side; None = as many as it is given
     adapters: bool = False  # has `load_adapter` and `unload_adapter`, as in `AdapterHost`
     embeddings: bool = False  # has `embed`, as in `Embedder`
+    constraints: frozenset[str] = frozenset(get_args(ConstraintKind))  # kinds of `Constraint`, where "constraint" is a parameter
 
 
 def check_supported(
@@ -47,6 +48,10 @@ def check_supported(
     backend: str,  # the backend's name, for the message
 ) -> None:
     "Raise `RequestError` for the first parameter that is asked for and that the backend does not have."
+    form = params.constraint
+    if form is not None and ("constraint" not in capabilities.parameters or form.kind not in capabilities.constraints):
+        message = f"the '{backend}' backend cannot hold an answer to a {form.kind}; leave {form.param} out"
+        raise RequestError(message, param=form.param, code="unsupported_parameter")
     for name, neutral in NEUTRAL.items():
         if name not in capabilities.parameters and getattr(params, name) != neutral:
             message = f"the '{backend}' backend does not support {name}; leave it out or send {neutral!r}"

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 # %% ../../nbs/serving/310_constraints.ipynb #4a43bcd0
 def _refused(constraint: Constraint, reason: str) -> RequestError:
     first = " ".join(reason.split("\n   1 |")[0].split())[:500]
-    return RequestError(f"the {constraint.kind} cannot be used: {first}", param="response_format", code="invalid_value")
+    return RequestError(f"the {constraint.kind} cannot be used: {first}", param=constraint.param, code="invalid_value")
 
 
 class Matcher:

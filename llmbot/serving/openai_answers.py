@@ -16,8 +16,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
+from .call_messages import CallFinder, MessageToolCall, call_deltas, called
 from .sampling_params import Chunk, TokenLogprob
 from .token_texts import CompletionLogprobs, TokenTexts, chat_logprobs
+from .tool_calls import ToolCallFormat
 
 # %% ../../nbs/serving/372_openai_answers.ipynb #a8e52d78
 class PromptTokens(BaseModel):
@@ -69,8 +71,9 @@ class ChatMessage(BaseModel):
     "What a bot said."
 
     role: Literal["assistant"]
-    content: str | None
+    content: str | None = Field(description="null where there are calls, and nothing beside them")
     refusal: None
+    tool_calls: list[MessageToolCall] | None = Field(None, description="Only where there are calls")
 
 
 class ChatChoice(BaseModel):
@@ -79,7 +82,7 @@ class ChatChoice(BaseModel):
     index: int
     message: ChatMessage
     logprobs: ChatLogprobs | None
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length", "tool_calls"]
 
 
 class TextChoice(BaseModel):
@@ -183,21 +186,31 @@ class Writer:
         if self.head.include_usage and len(ended) == len(self._last):
             yield self.head.usage_event(usage_of_all(ended, self._n))
 
-
+# %% ../../nbs/serving/372_openai_answers.ipynb #063a5816
 class ChatWriter(Writer):
     "Writes the answers to one request of `/v1/chat/completions`."
 
-    def __init__(self, head: Head, n: int, texts: TokenTexts | None = None) -> None:  # texts: where log-probabilities were asked for
+    def __init__(
+        self,
+        head: Head,
+        n: int,  # answers
+        texts: TokenTexts | None = None,  # where log-probabilities were asked for
+        form: ToolCallFormat | None = None,  # where the bot was shown tools
+    ) -> None:
         super().__init__(head, n, n)
         self._texts, self._begun = texts, [False] * n
+        self._finders = [CallFinder(form) for _ in range(n)]
 
     def body(self, answers: Sequence[Chunk]) -> dict[str, Any]:
         "All of them, as JSON."
         choices = []
         for index, whole in enumerate(answers):
-            message = {"role": "assistant", "content": whole.text, "refusal": None}
+            text, calls, reason = self._finders[index].read(whole)
+            message: dict[str, Any] = {"role": "assistant", "content": text or (None if calls else ""), "refusal": None}
+            if calls:
+                message["tool_calls"] = [called(call) for call in calls]
             logprobs = chat_logprobs(self._texts, whole.logprobs) if self._texts else None
-            choices.append({"index": index, "message": message, "logprobs": logprobs, "finish_reason": whole.finish_reason})
+            choices.append({"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason})
         return self.head.whole(choices, usage_of_all(answers, self._n))
 
     def frames(self, item: tuple[int, Chunk]) -> Iterator[bytes]:
@@ -206,11 +219,16 @@ class ChatWriter(Writer):
         if not self._begun[index]:
             self._begun[index] = True
             yield self.head.event(index, '"delta":{"role":"assistant","content":""}')
-        if chunk.text or (self._texts and chunk.logprobs):
+        before = self._finders[index].count
+        text, calls, reason = self._finders[index].read(chunk)
+        if text or (self._texts and chunk.logprobs):
             logprobs = chat_logprobs(self._texts, chunk.logprobs) if self._texts else None
-            yield self.head.event(index, f'"delta":{{"content":{json.dumps(chunk.text)}}}', logprobs)
-        if chunk.finish_reason:
-            yield self.head.event(index, '"delta":{}', finish_reason=f'"{chunk.finish_reason}"')
+            yield self.head.event(index, f'"delta":{{"content":{json.dumps(text)}}}', logprobs)
+        for number, call in enumerate(calls, before):
+            for delta in call_deltas(number, call):
+                yield self.head.event(index, f'"delta":{{"tool_calls":[{_json(delta)}]}}')
+        if reason:
+            yield self.head.event(index, '"delta":{}', finish_reason=f'"{reason}"')
             yield from self._end(index, chunk)
 
 # %% ../../nbs/serving/372_openai_answers.ipynb #ee5b9eef

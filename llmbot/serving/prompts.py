@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..core.chat import ChatFormat, tools_appear
+from ..core.chat import ChatFormat
 from ..core.chat_template import validate_messages
 from ..core.config import ServingConfig
 from ..core.errors import BotError, DataError
@@ -37,9 +37,12 @@ def chat_prompt_ids(
     "Token ids of a conversation. Raises `RequestError` for what the template refuses, and for tools that it would drop."
     try:
         validate_messages(prompt.messages)
-        if prompt.tools and not tools_appear(chat.template):
+        if prompt.tools and not chat.template.shows_tools:
             message = "this bot's chat template does not show tools to the model; leave tools out"
             raise RequestError(message, param="tools", code="unsupported_parameter")
+        if not chat.template.shows_calls and any(m.get("tool_calls") or m.get("role") == "tool" for m in prompt.messages):
+            message = "this bot's chat template does not show calls of tools and their results to the model; leave them out"
+            raise RequestError(message, param="messages", code="invalid_messages")
         goes_on = prompt.continue_final_message
         opens = not goes_on if prompt.add_generation_prompt is None else prompt.add_generation_prompt
         return tuple(chat.render(prompt.messages, prompt.tools or None, opens, goes_on).input_ids)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['BOUNDS', 'GREEDY_BELOW', 'MAX_STOP_STRINGS', 'MAX_STOP_LENGTH', 'MAX_BIASED_TOKENS', 'MAX_BIAS', 'MAX_CONSTRAINT',
-           'FinishReason', 'RequestError', 'Constraint', 'SamplingParams', 'GenerationRequest', 'TokenLogprob', 'Chunk']
+           'ConstraintKind', 'FinishReason', 'RequestError', 'Constraint', 'SamplingParams', 'GenerationRequest',
+           'TokenLogprob', 'Chunk']
 
 # %% ../../nbs/serving/300_sampling_params.ipynb #7dec0682
 import json
@@ -52,22 +53,30 @@ MAX_BIASED_TOKENS, MAX_BIAS = 300, 100.0  # OpenAI's
 MAX_CONSTRAINT = 64_000  # characters of a schema or an expression
 
 # %% ../../nbs/serving/300_sampling_params.ipynb #270d8219
+ConstraintKind = Literal["json_object", "json_schema", "regex", "grammar"]
+
+
 @dataclass(frozen=True)
 class Constraint:
     "The form that an answer must have. Raises `RequestError` for a schema that is no JSON object, or too long."
 
-    kind: Literal["json_object", "json_schema", "regex", "grammar"]
+    kind: ConstraintKind
     text: str = ""  # the schema as JSON, the expression, or the grammar (llguidance's Lark); empty for json_object
 
     def __post_init__(self) -> None:
         if len(self.text) > MAX_CONSTRAINT:
             raise RequestError(f"the {self.kind} has {len(self.text)} characters; at most {MAX_CONSTRAINT} may be",
-                               param="response_format", code="invalid_value")
+                               param=self.param, code="invalid_value")
         try:
             if self.kind == "json_schema" and not isinstance(json.loads(self.text), dict):
                 raise ValueError("it is not a JSON object")
         except (ValueError, RecursionError) as exc:
-            raise RequestError(f"the JSON schema cannot be read: {exc}", param="response_format", code="invalid_value") from exc
+            raise RequestError(f"the JSON schema cannot be read: {exc}", param=self.param, code="invalid_value") from exc
+
+    @property
+    def param(self) -> str:
+        "The parameter of a request that it comes from."
+        return "tools" if self.kind == "grammar" else "response_format"
 
 # %% ../../nbs/serving/300_sampling_params.ipynb #bc098402
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@
 __all__ = ['TokenizeRequest', 'DetokenizeRequest', 'Tokens', 'DetokenizedText', 'tokenize_reply', 'detokenize_reply',
            'tokens_router']
 
-# %% ../../nbs/serving/377_tokens_api.ipynb #ca54f50c
+# %% ../../nbs/serving/377_tokens_api.ipynb #b2a9dc23
 import asyncio
 from typing import Annotated, Any
 
@@ -20,11 +20,11 @@ from .hosting import chat_format
 from .http_exchange import unless_disconnected
 from .http_guard import StrictRoute
 from .model_server import ModelServer
-from .openai_schema import STRICT
+from .openai_schema import MAX_TOOLS, STRICT, Tool
 from .prompts import ChatPrompt, chat_prompt_ids, encode_prompt
 from .sampling_params import RequestError
 
-# %% ../../nbs/serving/377_tokens_api.ipynb #e8c0d1fc
+# %% ../../nbs/serving/377_tokens_api.ipynb #60ab103b
 class TokenizeRequest(BaseModel):
     "Body of `/tokenize`: a text or a conversation."
 
@@ -32,7 +32,7 @@ class TokenizeRequest(BaseModel):
     model: Annotated[str, Field(max_length=256)] | None = Field(None, description="A bot of this server; default: its first")
     prompt: str | None = Field(None, description="A text; or else messages")
     messages: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=10_000, fail_fast=True)] | None = None
-    tools: Annotated[list[dict[str, Any]], Field(max_length=128, fail_fast=True)] | None = Field(None, description="Beside messages")
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = Field(None, description="Beside messages")
     add_special_tokens: bool | None = Field(None, description="Of a text: with the tokenizer's own special tokens; default: true")
     add_generation_prompt: bool | None = Field(None, description="Of messages: end with the opening of an answer; default: true")
     continue_final_message: bool | None = Field(None, description="Of messages: leave the last one open; default: false")
@@ -61,7 +61,7 @@ class TokenizeRequest(BaseModel):
                 return tuple(chat.tokenizer(self.prompt, add_special_tokens=False, verbose=False).input_ids)
             return encode_prompt(chat, self.prompt)[0]
         goes_on, opens = bool(self.continue_final_message), self.add_generation_prompt
-        return chat_prompt_ids(chat, ChatPrompt(self.messages or [], self.tools, goes_on, opens))
+        return chat_prompt_ids(chat, ChatPrompt(self.messages or [], [tool.shown() for tool in self.tools or []], goes_on, opens))
 
 
 class DetokenizeRequest(BaseModel):
@@ -71,7 +71,7 @@ class DetokenizeRequest(BaseModel):
     model: Annotated[str, Field(max_length=256)] | None = Field(None, description="A bot of this server; default: its first")
     tokens: Annotated[list[Annotated[int, Field(ge=0)]], Field(fail_fast=True)]
 
-# %% ../../nbs/serving/377_tokens_api.ipynb #7a8c4665
+# %% ../../nbs/serving/377_tokens_api.ipynb #d82ec68f
 class Tokens(BaseModel):
     "Answer of `/tokenize`."
 
@@ -106,7 +106,7 @@ async def detokenize_reply(server: ModelServer, asked: DetokenizeRequest) -> dic
             raise
         raise RequestError(str(exc), param="tokens", code=exc.code) from exc
 
-# %% ../../nbs/serving/377_tokens_api.ipynb #87cd7955
+# %% ../../nbs/serving/377_tokens_api.ipynb #6141650f
 def tokens_router(server: ModelServer) -> APIRouter:
     "`/tokenize` and `/detokenize`."
     router = APIRouter(route_class=StrictRoute, tags=["Tokens"])

@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 # %% ../../nbs/serving/337_vllm_requests.ipynb #a1f0c016
 def structured(constraint: Constraint) -> dict[str, Any]:
     "Arguments of vLLM's StructuredOutputsParams."
-    by_kind: dict[str, dict[str, Any]] = {"json_object": {"json_object": True}, "json_schema": {"json": constraint.text}}
-    return by_kind.get(constraint.kind, {"regex": constraint.text})
+    if constraint.kind == "json_object":
+        return {"json_object": True}
+    return {"json" if constraint.kind == "json_schema" else constraint.kind: constraint.text}
 
 
 def sampling_arguments(
