@@ -6,7 +6,7 @@
 __all__ = ['logger', 'NOT_BUSY', 'SHARE', 'Rates', 'machine_sample', 'process_sample', 'disk_sample', 'busy_seconds', 'GPUs',
            'ResourceReader', 'sample', 'Readings', 'ResourceMonitor']
 
-# %% ../../nbs/monitoring/140_resources.ipynb #b1157fda
+# %% ../../nbs/monitoring/140_resources.ipynb #dc6064d3
 import logging
 import threading
 import time
@@ -18,7 +18,7 @@ import psutil
 
 from ..core.errors import ConfigError
 
-# %% ../../nbs/monitoring/140_resources.ipynb #2c91df4e
+# %% ../../nbs/monitoring/140_resources.ipynb #ead6ecbb
 logger = logging.getLogger("llmbot")
 
 
@@ -41,7 +41,7 @@ class Rates:
             self._last[name] = value, now
         return rates
 
-# %% ../../nbs/monitoring/140_resources.ipynb #17d876e5
+# %% ../../nbs/monitoring/140_resources.ipynb #4a3fa2f3
 NOT_BUSY = ("idle", "iowait", "guest", "guest_nice")  # the last two are in user and nice as well
 
 
@@ -71,7 +71,7 @@ def busy_seconds() -> float:
     times = psutil.cpu_times()._asdict()
     return sum(spent for name, spent in times.items() if name not in NOT_BUSY)
 
-# %% ../../nbs/monitoring/140_resources.ipynb #b17ff3cc
+# %% ../../nbs/monitoring/140_resources.ipynb #090bfe90
 class GPUs:
     "The NVIDIA GPUs of this machine, as NVML sees them."
 
@@ -112,7 +112,7 @@ class GPUs:
     def _temperature(self, handle: Any) -> dict[str, float]:
         return {"temperature_celsius": self._nvml.nvmlDeviceGetTemperature(handle, self._nvml.NVML_TEMPERATURE_GPU)}
 
-# %% ../../nbs/monitoring/140_resources.ipynb #6a93333c
+# %% ../../nbs/monitoring/140_resources.ipynb #4e86e50d
 class ResourceReader:
     "Reads what this process and its machine use."
 
@@ -137,7 +137,7 @@ class ResourceReader:
             counters |= {"disk_read_bytes_per_s": disks.read_bytes, "disk_write_bytes_per_s": disks.write_bytes}
         return self._rates.of(counters)
 
-# %% ../../nbs/monitoring/140_resources.ipynb #599890eb
+# %% ../../nbs/monitoring/140_resources.ipynb #8c264e1d
 def sample(
     seconds: float = 0.1,  # over which rates are taken
     disk_path: str = ".",  # a file or directory on the disk that matters
@@ -147,7 +147,7 @@ def sample(
     time.sleep(seconds)
     return reader.sample()
 
-# %% ../../nbs/monitoring/140_resources.ipynb #44293900
+# %% ../../nbs/monitoring/140_resources.ipynb #956631d5
 class Readings:
     "Reads, keeps the newest sample and hands it on; what goes wrong is logged, each kind once."
 
@@ -167,7 +167,7 @@ class Readings:
                 self._failed.add(name)
                 logger.warning("a reading of resources failed and the next is awaited (%s: %s)", name, exc)
 
-# %% ../../nbs/monitoring/140_resources.ipynb #e25896e5
+# %% ../../nbs/monitoring/140_resources.ipynb #dc99a528
 SHARE = 0.005  # of one core, that the monitor may take at most
 
 
@@ -212,7 +212,8 @@ class ResourceMonitor:
     def _run(self) -> None:
         last = False
         while not last:
-            last, began = self._ended.wait(self.pause_s), time.thread_time()  # the second after the first
+            last = self._ended.wait(self.pause_s)
+            began = time.thread_time()
             self.readings.take()
             took = time.thread_time() - began
             self.samples, self.spent_s, self.pause_s = self.samples + 1, self.spent_s + took, max(self.interval_s, took / SHARE)
