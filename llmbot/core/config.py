@@ -167,6 +167,9 @@ class MonitoringConfig:
     sample_steps: Size | None = Field(default=None, description="Steps between two such samples; unset: at each evaluation")
     resource_interval_s: Annotated[float, Field(ge=0.1)] | None = Field(
         default=10, description="Seconds between two readings of CPU, memory, disk and GPUs; null: none are taken")
+    metrics: Names = Field(default_factory=list, description="Prometheus metrics of one's own: MODULE:FUNCTION, with @metric above it")
+    metrics_access: Literal["key", "open", "admin", "off"] = Field(
+        default="key", description="Who may read /metrics: whoever has a key where one is asked for; anybody; the administrator; nobody")
 
     @model_validator(mode="after")
     def _refuse_conflicts(self) -> Self:
@@ -227,6 +230,8 @@ def config_conflicts(cfg: "Config") -> Iterator[Conflict]:
                        f"tokens do not fit a context of {model.max_position_embeddings}")
     if training.precision == "fp16" and model.device == "cpu":
         yield Conflict(("training.precision", "model.device"), "fp16 training needs a GPU: use bf16 or fp32")
+    if cfg.monitoring.metrics_access == "admin" and cfg.serving.models and cfg.serving.admin_token is None:
+        yield Conflict(("monitoring.metrics_access", "serving.admin_token"), "there is no administrator: set the token")
     yield from own_conflicts(cfg)
     yield from adapter_conflicts(cfg)
     if training.method == "sft" and data.format == "text":

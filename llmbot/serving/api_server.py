@@ -29,22 +29,25 @@ from .bot_api import bot_router
 from .conversation_api import conversation_router
 from .conversations import Conversations
 from .embeddings_api import embeddings_router
-from .http_guard import ERRORS, BodyReader, RequestBounds, RequestNames, install_error_handlers
+from .http_guard import ERRORS, BodyReader, Observe, RequestBounds, RequestNames, install_error_handlers
+from .hosting import UnknownModelError
 from .model_server import ModelServer
 from .openai_api import openai_router
-from .status_api import OPEN_PATHS, status_router
+from .status_api import open_paths, status_router
 from .tokens_api import tokens_router
 
 # %% ../../nbs/serving/390_api_server.ipynb #e9513bee
 def add_middlewares(
     app: FastAPI,
-    settings: ServingConfig,
+    cfg: Config,
+    observe: Observe,  # is told of every request when it has been answered
 ) -> None:
     "What a request goes through before a route sees it; the last one added is the first. Raises `ConfigError`."
+    settings = cfg.serving
     keys = Keys(settings)
     limits = RateLimits(settings.rate_limit, settings.rate_limit_storage) if settings.rate_limit else None
     app.add_middleware(BodyReader, max_bytes=settings.max_body_bytes)
-    app.add_middleware(Doorkeeper, find=keys.find, asks_for_keys=keys.asked_for, limits=limits, open_paths=OPEN_PATHS)
+    app.add_middleware(Doorkeeper, find=keys.find, asks_for_keys=keys.asked_for, limits=limits, open_paths=open_paths(cfg))
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -54,7 +57,7 @@ def add_middlewares(
             expose_headers=["X-Request-Id", "Retry-After", *LIMIT_HEADERS],
         )
     app.add_middleware(RequestBounds)
-    app.add_middleware(RequestNames)
+    app.add_middleware(RequestNames, observe=observe)
 
 # %% ../../nbs/serving/390_api_server.ipynb #500d2925
 def create_app(
@@ -75,8 +78,13 @@ def create_app(
     own = (bot_router(server, kept), conversation_router(server, kept), status_router(server), admin_router(server))
     for router in (*own, openai_router(server), embeddings_router(server), tokens_router(server)):
         app.include_router(router)
-    install_error_handlers(app)
-    add_middlewares(app, settings)
+
+    def refused(error: Exception) -> None:
+        if isinstance(error, UnknownModelError):
+            server.metrics.of("other").failed(error.code or "model_not_found")
+
+    install_error_handlers(app, refused)
+    add_middlewares(app, bots.live.current, server.metrics.http)
     return app
 
 # %% ../../nbs/serving/390_api_server.ipynb #b90a113c

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['T', 'Visit', 'engine_room', 'admitted', 'prepare_request', 'stream_answer', 'Embedding', 'prepare_embedding',
-           'Readiness', 'Serving', 'admission_limits', 'deadline', 'server_stats', 'Managed', 'ModelServer',
-           'whole_answer', 'embed_prompt']
+           'Readiness', 'Serving', 'admission_limits', 'deadline', 'watched', 'look', 'server_stats', 'Managed',
+           'ModelServer', 'whole_answer', 'embed_prompt']
 
 # %% ../../nbs/serving/356_model_server.ipynb #019046f9
 import asyncio
@@ -16,9 +16,13 @@ from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Self, TypeVar
 
+from .. import __version__
 from ..core.config import Config, ServingConfig
 from ..core.config_io import LiveConfig
 from ..core.errors import ServingError
+from ..monitoring.metrics_logger import load_metrics
+from ..monitoring.resources import ResourceMonitor
+from ..monitoring.serving_metrics import ServerMetrics, refresh
 from .admission import Admission, InFlight, Leash, Limits, Room, drain
 from .backends import Backend, Embedder, LoadReporter, check_context, check_supported
 from .engine import RestartPolicy, next_token
@@ -140,12 +144,14 @@ class Readiness:
     def __bool__(self) -> bool:
         return self.ready
 
-
+# %% ../../nbs/serving/356_model_server.ipynb #f9fffd07
 class Serving:
     "Settings, bots and admission of a server, from its start to its stop; use it with `async with`."
 
     def __init__(self, cfg: Config | LiveConfig, policy: RestartPolicy | None = None) -> None:
         live = cfg if isinstance(cfg, LiveConfig) else LiveConfig(cfg)  # updates of a LiveConfig are in force at once
+        load_metrics(live.current.monitoring.metrics)
+        self.metrics, self.monitor = ServerMetrics(__version__), watched(self, live.current.monitoring.resource_interval_s)
         self.bots, self.in_flight, self.total = Hosting(live, policy), InFlight(), ModelStats()
         self.admission, self._began = Admission(lambda: admission_limits(self.bots.serving)), time.monotonic()
 
@@ -153,6 +159,8 @@ class Serving:
         loop = asyncio.get_running_loop()
         self._unsubscribe = self.bots.live.on_change(lambda old, new: _from_any_thread(loop, self.admission.admit))
         await self.bots.start()
+        if self.monitor is not None:
+            self.monitor.start()
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -163,6 +171,13 @@ class Serving:
         self._unsubscribe()
         await drain(self.in_flight, drain_s)
         await self.bots.stop()
+        if self.monitor is not None:
+            await asyncio.to_thread(self.monitor.stop)
+        self.metrics.page.close()
+
+    def meter(self, bot: HostedBot, request_id: str) -> Meter:
+        "What follows a new request."
+        return Meter(bot.stats, self.total, series=self.metrics.of(bot.name), request_id=request_id)
 
     @property
     def ready(self) -> Readiness:
@@ -194,6 +209,27 @@ def deadline(
         raise RequestError(message, param="timeout_s", code="invalid_value")
     return timeout_s, "timeout_s"
 
+# %% ../../nbs/serving/356_model_server.ipynb #b2d73576
+def watched(server: "Serving", interval_s: float | None) -> ResourceMonitor | None:
+    "The monitor of a server's resources; it also keeps what Prometheus sees of the engines fresh for other workers."
+
+    def tell(sample: dict[str, float]) -> None:
+        server.metrics.resources(sample)
+        look(server)
+
+    return ResourceMonitor(interval_s, tell) if interval_s else None
+
+
+def look(server: "Serving") -> None:
+    "Tell Prometheus what the engines are doing now."
+    engines = []
+    for bot in list(server.bots.by_name.values()):
+        if bot.adapter is None:
+            load = bot.backend.load() if isinstance(bot.backend, LoadReporter) else None
+            kv = load.kv_tokens / load.kv_capacity if load is not None and load.kv_capacity else None
+            engines.append((bot.name, bot.engine.state, bot.engine.restarts, kv))
+    refresh(server.metrics, bool(server.ready), engines)
+
 
 def server_stats(server: Serving) -> dict[str, Any]:
     "Counters as plain JSON; times in seconds."
@@ -205,7 +241,9 @@ def server_stats(server: Serving) -> dict[str, Any]:
     admission = server.admission
     now: dict[str, Any] = {"running": admission.running, "waiting": admission.waiting, "waiting_tokens": admission.order.tokens}
     now |= {"waiting_by_key": admission.order.by_key(), "mean_service_s": admission.service.mean_s}
-    return {"uptime_s": round(time.monotonic() - server._began, 3), **now, "total": server.total.snapshot(), "models": models}
+    about = {"uptime_s": round(time.monotonic() - server._began, 3), "version": __version__}
+    rest = {"resources": server.monitor.latest if server.monitor else {}, "custom": server.metrics.custom_summary()}
+    return {**about, **now, "total": server.total.snapshot(), "models": models, **rest}
 
 # %% ../../nbs/serving/356_model_server.ipynb #ba1d377a
 class Managed(Serving):
@@ -214,6 +252,11 @@ class Managed(Serving):
     def stats(self) -> dict[str, Any]:
         "Counters as plain JSON; times in seconds."
         return server_stats(self)
+
+    def metrics_page(self, accept: str = "") -> tuple[bytes, str]:
+        "What Prometheus reads, and its media type, by the header `Accept`."
+        look(self)
+        return self.metrics.page.write(accept)
 
     async def tokenize(self, prompt: Prompt, model: str | None = None) -> tuple[int, ...]:
         "Token ids of a prompt, without loading weights. Raises `RequestError` as `encode_prompt` does."
@@ -258,7 +301,7 @@ class ModelServer(Managed):
         "Answer one prompt; closing the generator cancels. Raises `RequestError` when it is refused or cut short."
         bot, allowed = self.bots.find(model), deadline(self.bots.serving, timeout_s)
         with self.in_flight.open(request_id, *allowed) as (name, leash):
-            visit = Visit(bot, leash, key, Meter(bot.stats, self.total))
+            visit = Visit(bot, leash, key, self.meter(bot, name))
             async with admitted(self.admission, visit, lambda b: prepare_request(b, bot, prompt, params, name)) as (backend, request):
                 async with aclosing(stream_answer(visit, backend, request)) as chunks:
                     async for chunk in chunks:
@@ -274,8 +317,8 @@ class ModelServer(Managed):
     ) -> Embedding:
         "One prompt as a vector. Raises `RequestError` when it is refused, or the engine has no embeddings."
         bot, allowed = self.bots.find(model), deadline(self.bots.serving, timeout_s)
-        with self.in_flight.open(request_id, *allowed) as (_, leash):
-            visit = Visit(bot, leash, key, Meter(bot.stats, self.total))
+        with self.in_flight.open(request_id, *allowed) as (name, leash):
+            visit = Visit(bot, leash, key, self.meter(bot, name))
             async with admitted(self.admission, visit, lambda b: prepare_embedding(b, bot, prompt)) as (backend, ids):
                 return await embed_prompt(visit, backend, ids)
 
