@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CPU_SHARE', 'GPU_SHARE', 'unpageable', 'CacheShape', 'cache_shape', 'default_kv_tokens', 'Rows', 'PagedCache',
-           'paged_inputs', 'check_paging']
+           'paged_inputs', 'share_heads', 'check_paging']
 
 # %% ../../nbs/serving/322_paged_cache.ipynb #f4642ce6
 from collections.abc import Sequence
@@ -13,7 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.masking_utils import sdpa_mask
 
 from ..core.errors import ServingError
 from .kv_blocks import BLOCK, blocks_for
@@ -149,6 +152,36 @@ def paged_inputs(model: "PreTrainedModel", cache: PagedCache, rows: Rows) -> dic
     if model.config._attn_implementation == "eager":  # adds its mask to the scores
         mask = torch.zeros_like(mask, dtype=model.dtype).masked_fill_(~mask, torch.finfo(model.dtype).min)
     return {"input_ids": rows.ids, "position_ids": rows.positions, "attention_mask": mask, "past_key_values": cache, "use_cache": True}
+
+# %% ../../nbs/serving/322_paged_cache.ipynb #628b220a
+_SHARED_HEADS = "llmbot_shared_heads"
+
+
+def _attend(
+    module: torch.nn.Module,
+    query: torch.Tensor,  # (rows, heads, new, size)
+    key: torch.Tensor,  # (rows, key heads, width, size); value alike
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:  # (rows, new, heads, size)
+    causal = attention_mask is None and query.shape[2] > 1 and getattr(module, "is_causal", True) and is_causal is not False
+    found = scaled_dot_product_attention(query, key, value, attention_mask, dropout, causal, scale=scaling,
+                                         enable_gqa=query.shape[1] != key.shape[1])  # fmt: skip
+    return found.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(_SHARED_HEADS, _attend)
+AttentionMaskInterface.register(_SHARED_HEADS, sdpa_mask)
+
+
+def share_heads(model: "PreTrainedModel") -> None:
+    "Let a model on a CPU that uses SDPA read each key and value head where it lies."
+    if model.device.type == "cpu" and model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation(_SHARED_HEADS)
 
 # %% ../../nbs/serving/322_paged_cache.ipynb #1c4418ce
 @torch.inference_mode()

@@ -21,7 +21,7 @@ from .batcher import Batcher, Task
 from .decoding import new_sampler
 from .engine_settings import TorchSettings
 from .kv_blocks import BLOCK, SharedBlocks
-from .paged_cache import PagedCache, cache_shape, check_paging, default_kv_tokens, unpageable
+from .paged_cache import PagedCache, cache_shape, check_paging, default_kv_tokens, share_heads, unpageable
 from .sampling_params import Chunk, GenerationRequest, RequestError, SamplingParams
 
 # %% ../../nbs/serving/330_torch_backend.ipynb #f5520959
@@ -33,6 +33,7 @@ def new_runner(
     "The batcher of a bot, its model checked; or, where batching is switched off, the runner of single answers."
     if not settings.batching:
         return SoloRunner(bot.model)
+    share_heads(bot.model)
     switch = AdapterSwitch(bot)
     shape = cache_shape(switch.model)
     tokens = settings.kv_cache_tokens or default_kv_tokens(shape, context_length(bot.config), answers)
