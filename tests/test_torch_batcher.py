@@ -235,3 +235,23 @@ def test_a_real_model_tells_its_story_in_a_crowd(shared: Path) -> None:
 
 def test_blocks_are_counted_up() -> None:
     assert [blocks_for(n) for n in (0, 1, 16, 17)] == [0, 1, 1, 2]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_step_takes_the_threads_that_were_asked_for(bot: LoadedBot, threads: int) -> None:
+    "Asked in the thread that steps."
+    assert bot.path is not None
+    path = bot.path
+
+    async def main() -> None:
+        before = torch.get_num_threads()
+        backend = backend_of(path, threads=threads)
+        await backend.start()
+        assert backend._worker is not None
+        assert backend._runner is not None
+        assert backend._runner.switch.model.config._attn_implementation == "llmbot_shared_heads"  # type: ignore[attr-defined]
+        assert await backend._worker.call(torch.get_num_threads) == threads
+        await backend.stop()
+        torch.set_num_threads(before)
+
+    asyncio.run(main())

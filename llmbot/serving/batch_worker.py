@@ -193,9 +193,9 @@ class Turns(Gate):
 class Worker(Turns):
     "A thread that steps a runner and sends each result to its reader."
 
-    def __init__(self, runner: Runner, device: torch.device) -> None:
+    def __init__(self, runner: Runner, device: torch.device, threads: int | None = None) -> None:
         super().__init__(runner)
-        self._thread = threading.Thread(target=self._run, args=(device,), name="llmbot-torch", daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(device, threads), name="llmbot-torch", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
@@ -205,11 +205,13 @@ class Worker(Turns):
             self._changed.notify()
         self._thread.join()
 
-    def _run(self, device: torch.device) -> None:
+    def _run(self, device: torch.device, threads: int | None) -> None:
         error = ServingError("the backend was stopped before the answer was complete")
         try:
             if device.type == "cuda":
                 torch.cuda.set_device(device)
+            if threads:
+                torch.set_num_threads(threads)  # for the thread that calls it
             while self._collect():
                 self._deliver(self._runner.step())
         except BaseException as exc:

@@ -26,6 +26,8 @@ class TorchSettings:
         "at most half of the free memory (of a GPU's, four fifths)")
     prefill_chunk: Size = Field(default=256, description="Most prompt tokens computed between two tokens of the answers that run")
     prefix_cache: bool = Field(default=True, description="Compute what prompts begin with in common once")
+    threads: Size | None = Field(
+        default=None, description="CPU threads of one step; unset: PyTorch's own number. On few cores, leave one to the API")
 
 # %% ../../nbs/serving/303_engine_settings.ipynb #37bfa959
 @section("engine")

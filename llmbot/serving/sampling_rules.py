@@ -41,11 +41,25 @@ def keep_top_k(
     return scores.masked_fill(scores < highest.gather(1, k - 1), OUT)
 
 
+_HEAD = 1024  # of a large vocabulary, the likeliest tokens are sorted first: mostly they are enough
+
+
 def keep_top_p(
     scores: Tensor,  # (rows, vocabulary)
     p: Tensor,  # (rows, 1) float64, above 0
 ) -> Tensor:
     "Keep the smallest set of tokens that has the share p of probability (nucleus sampling)."
+    if scores.shape[-1] <= 4 * _HEAD:
+        return _keep_top_p_sorted(scores, p)
+    best, order = scores.topk(_HEAD, dim=-1)
+    shares = (best - scores.logsumexp(dim=-1, keepdim=True)).double().exp()
+    reached = shares.cumsum(dim=-1)
+    kept = torch.full_like(scores, OUT).scatter(1, order, best.masked_fill(reached - shares >= p, OUT))
+    more = (reached[:, -1:] < p)[:, 0].nonzero()[:, 0]  # rows whose set is larger
+    return kept.index_copy(0, more, _keep_top_p_sorted(scores[more], p[more])) if len(more) else kept
+
+
+def _keep_top_p_sorted(scores: Tensor, p: Tensor) -> Tensor:
     rising, order = scores.sort(dim=-1)
     drop = rising.softmax(dim=-1).cumsum(dim=-1) <= (1 - p).to(scores.dtype)
     drop[:, -1] = False

@@ -83,7 +83,7 @@ class TorchEngine:
 
     async def start(self) -> None:
         self._runner = await asyncio.to_thread(lambda: new_runner(self._bot, self._settings, self._answers))
-        self._worker = Worker(self._runner, self._bot.model.device)
+        self._worker = Worker(self._runner, self._bot.model.device, self._settings.threads)
 
     async def stop(self) -> None:
         if self._worker is not None:
