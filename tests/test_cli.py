@@ -94,7 +94,7 @@ def test_the_commands_are_there() -> None:
     assert {" ".join(c) for c in commands()} == {
         "quickstart", "train", "evaluate", "chat", "serve", "data inspect", "models list", "models show", "models verify",
         "models presets", "models merge", "plan", "lr-find", "data show-batch", "config show",
-        "config validate", "config schema", "config init", "export onnx"}
+        "config validate", "config schema", "config init", "export onnx", "verify"}
 
 
 @pytest.mark.parametrize("command", commands(), ids=" ".join)

@@ -25,6 +25,7 @@ from llmbot.core.errors import BotError, ConfigError, ServingError
 from llmbot.core.model_manager import LoadedBot, load_bot, save_bot
 from llmbot.serving.api_server import running_server
 from llmbot.serving.backends import EngineDeadError, register_backend
+from llmbot.serving.parity import check_parity
 from llmbot.serving.sampling_params import Chunk, Constraint, GenerationRequest, RequestError, SamplingParams
 from llmbot.serving.vllm_backend import VllmBackend
 
@@ -386,3 +387,15 @@ def test_a_head_that_the_cpu_kernels_lack_is_refused_before_the_start(tmp_path: 
     bot = make_bot(tmp_path, "narrow", 1, head_dim=16)
     with pytest.raises(ServingError, match="width 16"):
         asyncio.run(VllmBackend(str(bot), settings()).start())
+
+
+@pytest.mark.parametrize("name", ["base", "merged", "terse"])
+def test_three_engines_say_the_same(folder: Path, name: str) -> None:
+    "As `llmbot verify` compares them: a base, an adapter merged into it, and the adapter beside its base."
+    report = check_parity(str(folder / name), ["torch", "onnx", "vllm"], prompts=6, max_new_tokens=24, device="cpu")
+    assert report.passed
+    assert [side.name for side in report.sides] == ["torch, adapter beside its base"] * (name == "terse") + ["onnx fp32", "vllm"]
+    for side in report.sides:
+        assert side.equal + len({d.prompt for d in side.differences}) == side.prompts == 6
+        assert side.tokens > 24
+        assert side.largest_logprob_difference < 1e-3
