@@ -148,9 +148,9 @@ def server(runner: str, bot: Path, args: argparse.Namespace) -> Iterator[str]:
                    "--host", "127.0.0.1", "--port", str(port), "--dtype", args.dtype, "--max-model-len", str(args.context),
                    "--enforce-eager", "--max-num-seqs", "64"]
     else:
-        engine = ["engine.enforce_eager=true"] if runner == "vllm" else []
+        engine = {"vllm": ["engine.enforce_eager=true", f"model.dtype={args.dtype}"], "onnx": []}.get(runner, [f"model.dtype={args.dtype}"])
         command = ["-m", "llmbot.app.cli", "serve", str(bot), "--port", str(port), f"serving.backend={runner}",
-                   f"model.dtype={args.dtype}", "serving.max_concurrent_requests=64", "serving.max_queue_size=1000",
+                   "serving.max_concurrent_requests=64", "serving.max_queue_size=1000",
                    "serving.log_level=warning", *engine, *args.settings]
     env = {**os.environ, "OMP_NUM_THREADS": str(args.threads), "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "2"}
     with tempfile.TemporaryFile("w+") as log:
@@ -284,6 +284,7 @@ def run(runner: str, bot: Path, plan: Sequence[Ask], args: argparse.Namespace) -
 
 def bots(args: argparse.Namespace, folder: Path, runners: Sequence[str]) -> tuple[Path, Path, int]:
     "A bot of random weights, its ONNX export where a runner needs one, and its number of tokens."
+    from llmbot.core.bot import is_export
     from llmbot.core.config import ModelConfig
     from llmbot.core.model_manager import load_bot, new_model, save_bot, train_tokenizer
 
@@ -295,10 +296,10 @@ def bots(args: argparse.Namespace, folder: Path, runners: Sequence[str]) -> tupl
         tokenizer = train_tokenizer([" ".join(rng.choices(words, k=200)) for _ in range(500)], args.vocabulary)
         config = ModelConfig(preset=args.preset, max_position_embeddings=args.context)
         bot = save_bot(folder / "bot", new_model(config, tokenizer).to(dtype=_dtype(args.dtype)), tokenizer)
-    exported = folder / "onnx"
-    if {"onnx", "genai"} & set(runners):
+    exported = bot if is_export(bot) else folder / "onnx"
+    if {"onnx", "genai"} & set(runners) and exported != bot:
         subprocess.run([sys.executable, "-m", "llmbot.app.cli", "export", "onnx", str(bot), "--precision", args.precision, "--output",
-                        str(exported), "--tolerance", "1e9"], check=True)
+                        str(exported), "--tolerance", "1e9", "--min-agreement", "0", "--max-perplexity-ratio", "1e9"], check=True)
     return bot, exported, len(load_bot(bot).tokenizer)
 
 
@@ -387,7 +388,7 @@ def overload(args: argparse.Namespace, folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="qwen3-30m", help="shape of a bot of random weights; qwen3-0.6b for the 0.6 B one")
-    parser.add_argument("--bot", help="a bot to serve instead of one of random weights")
+    parser.add_argument("--bot", help="a bot to serve instead of one of random weights, or for onnx and genai an export")
     parser.add_argument("--vocabulary", type=int, default=4096)
     parser.add_argument("--runners", default="torch,static,sequential", help=f"the first is compared with the others: {SERVERS + LOOPS}")
     parser.add_argument("--clients", type=int, default=32, help="clients that each wait for their answer; 0: Poisson arrivals")

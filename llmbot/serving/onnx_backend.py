@@ -10,9 +10,7 @@ import asyncio
 import json
 from collections import deque
 from collections.abc import AsyncGenerator
-from typing import Any
 
-import numpy as np
 import torch
 
 from ..core.bot import is_export
@@ -26,6 +24,7 @@ from .batch_worker import Worker
 from .batcher import Result, Task
 from .constraints import Grammars
 from .engine_settings import OnnxSettings
+from .genai import GenaiAnswer, GenaiModel
 from .sampler import BatchSampler
 from .sampling_params import Chunk, GenerationRequest, RequestError
 from .sampling_rules import token_logprobs
@@ -34,22 +33,16 @@ from .sampling_rules import token_logprobs
 def load_onnx(
     directory: str,  # an export
     settings: OnnxSettings,
-) -> Any:  # an `onnxruntime_genai.Model`
+) -> GenaiModel:
     "Read the graph. Raises `BotError` for one that cannot be loaded, `ServingError` for a provider that is not there."
     genai = require("onnxruntime_genai", "onnx")
     if settings.provider == "cuda" and not genai.is_cuda_available():
         raise ServingError("engine.provider is cuda, and onnxruntime-genai finds no CUDA here. Install onnxruntime-genai-cuda in place of "
                            "onnxruntime-genai, or set engine.provider=cpu.")
     try:
-        config = genai.Config(directory)
-        if settings.provider != "auto":
-            config.clear_providers()
-        if settings.provider == "cuda":
-            config.append_provider("cuda")
-        if settings.intra_op_num_threads:
-            options = {"intra_op_num_threads": settings.intra_op_num_threads}
-            config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
-        return genai.Model(config)
+        options = {"intra_op_num_threads": settings.intra_op_num_threads}
+        overlay = json.dumps({"model": {"decoder": {"session_options": options}}}) if settings.intra_op_num_threads else ""
+        return GenaiModel(directory, None if settings.provider == "auto" else settings.provider, overlay)
     except RuntimeError as exc:
         raise BotError(f"Cannot load the graph of {directory}: {' '.join(str(exc).split())[:300]}") from exc
 
@@ -59,7 +52,7 @@ class Places:
 
     def __init__(
         self,
-        model: Any,  # an `onnxruntime_genai.Model`
+        model: GenaiModel,
         sampler: BatchSampler,  # for its vocabulary, on the CPU
         capacity: int,  # most tokens that all caches are allocated for
         prefill_chunk: int = 256,  # most tokens of prompts in one step
@@ -67,7 +60,7 @@ class Places:
         self.model, self.sampler, self.capacity, self.prefill_chunk = model, sampler, capacity, prefill_chunk
         self.waiting: deque[Task] = deque()
         self.running: list[Task] = []
-        self.generators: dict[Task, Any] = {}
+        self.generators: dict[Task, GenaiAnswer] = {}
         self.results: list[tuple[Task, Result]] = []  # of the step that runs
         self._held = 0  # tokens that caches are allocated for
 
@@ -79,7 +72,8 @@ class Places:
         "A task is complete, failed or no longer wanted; its cache is freed."
         self.running.remove(task)
         self.sampler.remove(task.key)
-        self.generators.pop(task, None)
+        if (generator := self.generators.pop(task, None)) is not None:
+            generator.close()
         self._held -= task.tokens + 1
         if result is not None:
             self.results.append((task, result))
@@ -99,16 +93,9 @@ class Admission(Places):
             self._held += task.tokens + 1
             try:
                 self.sampler.add(task.key, task.request.params, task.request.prompt_ids)
-                self.generators[task] = self._generator(task.tokens + 1)
+                self.generators[task] = GenaiAnswer(self.model, task.tokens + 1)
             except Exception as exc:  # a constraint that cannot be compiled, or no memory for the cache: this answer's own
                 self.end(task, exc)
-
-    def _generator(self, tokens: int) -> Any:
-        import onnxruntime_genai as genai
-
-        params = genai.GeneratorParams(self.model)
-        params.set_search_options(max_length=tokens, batch_size=1)
-        return genai.Generator(self.model, params)
 
 # %% ../../nbs/serving/334_onnx_backend.ipynb #37ff6a42
 class Passes(Admission):
@@ -118,14 +105,14 @@ class Passes(Admission):
         "Compute a task's tokens up to `end`: the logits (1, vocabulary) of the next one, once the prompt is complete."
         begin, generator = task.computed, self.generators[task]
         try:
-            generator.append_tokens(np.asarray(task.ids[begin:end], dtype=np.int32))
+            generator.append(task.ids[begin:end])
             task.computed = end
             if task.reads is not None and end <= task.prompt and (ids := task.ids[begin + 1 : end + 1]):
-                every = torch.from_numpy(np.asarray(generator.get_output("logits")[0], dtype=np.float32))
+                every = torch.from_numpy(generator.all_logits())
                 task.prompt_logprobs += token_logprobs(every[: len(ids)], ids, [task.reads] * len(ids))
             if end < task.prompt:
                 return []
-            return [(task, torch.from_numpy(np.asarray(generator.get_logits()[0], dtype=np.float32)))]
+            return [(task, torch.from_numpy(generator.logits()))]
         except Exception as exc:  # this answer's own
             error = ServingError(f"ONNX Runtime could not go on: {' '.join(str(exc).split())[:300]}")
             error.__cause__ = exc
