@@ -1,6 +1,13 @@
-"""Conversations that the server keeps, over a real socket and in a real database."""
+"""Conversations that the server keeps, over a real socket and in a real database.
 
+That is SQLite, or the server that `LLMBOT_TEST_DATABASE` names by its SQLAlchemy URL, such as postgresql+psycopg://NAME@127.0.0.1/postgres:
+each test has a database of its own there, which it leaves behind.
+"""
+
+import hashlib
 import json
+import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -9,6 +16,7 @@ from typing import Any
 
 import httpx
 import pytest
+import sqlalchemy as sa
 from tiny_bots import GatedBackend, make_bot
 
 from llmbot.core.config import Config, ModelConfig, ServingConfig
@@ -24,8 +32,19 @@ def bot(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(make_bot(tmp_path_factory.mktemp("bots"), "alice"))
 
 
+def database(folder: Path) -> str:
+    "The URL of the database that belongs to a folder."
+    if (server := os.environ.get("LLMBOT_TEST_DATABASE")) is None:
+        return f"sqlite:///{folder / 'chats.db'}"
+    name, url = "test_" + hashlib.sha256(str(folder).encode()).hexdigest()[:16], sa.make_url(server)
+    with sa.create_engine(url, isolation_level="AUTOCOMMIT", poolclass=sa.NullPool).connect() as connection:
+        if not connection.scalar(sa.text("SELECT 1 FROM pg_database WHERE datname = :name"), {"name": name}):
+            connection.execute(sa.text(f"CREATE DATABASE {name}"))
+    return url.set(database=name).render_as_string(hide_password=False)
+
+
 def config(bot: str, folder: Path, **serving: Any) -> Config:
-    given = {"conversations_url": f"sqlite:///{folder / 'chats.db'}", "temperature": 0, "max_new_tokens": 6, **serving}
+    given = {"conversations_url": database(folder), "temperature": 0, "max_new_tokens": 6, **serving}
     return Config(model=ModelConfig(device="cpu"), serving=ServingConfig(models=[bot], port=0, **given))
 
 
@@ -211,3 +230,11 @@ def test_the_users_directory_is_touched_at_first_use_only(bot: str, tmp_path: Pa
 def test_a_database_that_cannot_be_had_is_refused_at_start(bot: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be kept"), running_server(config(bot, tmp_path, conversations_url="sqlite:////no/such/a.db")):
         pass
+
+
+def test_a_driver_that_is_missing_is_named_with_its_extra(bot: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "psycopg", None)
+    wanted = config(bot, tmp_path, conversations_url="postgresql+psycopg://ann:s3cret@db/chats")
+    with pytest.raises(ConfigError, match=r"llmbot\[postgres\]") as refused, running_server(wanted):
+        pass
+    assert "s3cret" not in str(refused.value)

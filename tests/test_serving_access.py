@@ -1,9 +1,14 @@
 """Keys, limits, administration and health over a real socket."""
 
+import json
 import logging
+import select
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -12,7 +17,9 @@ import pytest
 from tiny_bots import GatedBackend, make_bot
 
 from llmbot.core.config import Config, ModelConfig, ServingConfig
+from llmbot.core.config_io import load_config, save_config, to_dict
 from llmbot.core.errors import ConfigError
+from llmbot.serving.admin_api import visible_config
 from llmbot.serving.api_server import create_app, running_server
 
 pytestmark = pytest.mark.server
@@ -145,3 +152,76 @@ def test_the_document_says_what_every_route_answers(bots: list[str]) -> None:
             assert done, (path, method)
             if not path.startswith("/v1"):
                 assert all(kind["schema"] for answer in done for kind in answer.get("content", {}).values()), (path, method)
+
+
+def test_headers_that_dribble_are_cut_off_and_others_are_served(bots: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    "The clock runs from the first byte, however many follow, also of a second request on the same connection."
+    monkeypatch.setattr("llmbot.serving.slow_headers.PatientlyBounded.headers_timeout_s", 0.4)
+    with running_server(config(bots, max_new_tokens=2)) as url:
+        address = ("127.0.0.1", int(url.rpartition(":")[2]))
+        whole = b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
+        with socket.create_connection(address) as slow, socket.create_connection(address) as second:
+            second.sendall(whole)
+            said = b""
+            while not said.endswith(b'"ok"}'):
+                said += second.recv(10_000)
+            for dribbler in (slow, second):
+                dribbler.sendall(b"GET /health HTTP/1.1\r\nX-Slow: ")
+                began, sent = time.monotonic(), 0
+                while not readable(dribbler, 0.02):
+                    dribbler.sendall(b"a")
+                    sent += 1
+                    assert httpx.get(f"{url}/health").status_code == 200
+                    assert time.monotonic() < began + 20, "it was never cut off"
+                assert sent > 1
+                said = dribbler.makefile("rb").read()  # to the end of the connection
+                assert said.startswith(b"HTTP/1.1 408")
+                assert b'"code": "timeout"' in said
+                assert b"x-request-id" in said
+        with httpx.Client(base_url=url) as client:
+            assert [client.get("/health").status_code for _ in range(3)] == [200] * 3
+
+
+def test_what_is_no_http_is_refused_in_openais_shape(guarded: str) -> None:
+    with socket.create_connection(("127.0.0.1", int(guarded.rpartition(":")[2]))) as client:
+        client.sendall(b"\x16\x03\x01 what is this\r\n\r\n")
+        head, _, body = client.makefile("rb").read().partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400")
+    assert json.loads(body)["error"] == {
+        "message": "Invalid HTTP request received.", "type": "invalid_request_error", "param": None, "code": "invalid_http"}
+
+
+def readable(sock: socket.socket, seconds: float) -> bool:
+    return bool(select.select([sock], [], [], seconds)[0])
+
+
+def test_no_password_of_a_url_is_shown_or_stored(bots: list[str], tmp_path: Path) -> None:
+    "Planted in every setting that is a URL: in the settings as printed, saved, listed by the command and by the API, and in messages."
+    planted = "pl4nted-pa55word"
+    urls = {"conversations_url": f"postgresql://ann:{planted}@db/chats", "rate_limit_storage": f"redis://:{planted}@db"}
+    serving = ServingConfig(models=bots, backend="remote", admin_token="the-key-of-admins", rate_limit="9/hour", **urls)  # type: ignore[arg-type]
+    cfg = Config(serving=serving, engine={"urls": [f"http://ann:{planted}@other:8001/v1", "http://plain:8001/v1"]})
+    save_config(cfg, tmp_path / "saved.yaml")
+    saved = (tmp_path / "saved.yaml").read_text()
+    command = [sys.executable, "-m", "llmbot.app.cli", "config", "show"]
+    given = [f"serving.conversations_url={urls['conversations_url']}"]
+    shown = [subprocess.run([*command, *given, *more], capture_output=True, text=True, check=True)
+             for more in ([], ["--json"], ["--changed"])]  # fmt: skip
+    texts = [repr(cfg), str(cfg.serving), json.dumps(to_dict(cfg)), saved, *(done.stdout + done.stderr for done in shown)]
+    texts.append(json.dumps(visible_config(cfg)))
+    for wrong in ({"conversations_url": [urls["conversations_url"]]}, {"port": urls["conversations_url"]}):
+        with pytest.raises(ConfigError) as refused:
+            ServingConfig(**wrong)  # type: ignore[arg-type]
+        texts.append(str(refused.value))
+    with pytest.raises(ConfigError) as refused:
+        create_app(config(bots, rate_limit="2/hour", rate_limit_storage=f"floppy://ann:{planted}@db"))
+    texts.append(str(refused.value))
+    assert [text for text in texts if planted in text] == []
+    for key in ("SERVING__CONVERSATIONS_URL", "SERVING__RATE_LIMIT_STORAGE", "SERVING__ADMIN_TOKEN", "ENGINE__URLS"):
+        assert f"give it as LLMBOT_{key}" in saved
+    env = {"LLMBOT_SERVING__CONVERSATIONS_URL": urls["conversations_url"], "LLMBOT_SERVING__RATE_LIMIT_STORAGE": urls["rate_limit_storage"],
+           "LLMBOT_SERVING__ADMIN_TOKEN": "the-key-of-admins", "LLMBOT_ENGINE__URLS": json.dumps(cfg.engine["urls"])}  # fmt: skip
+    assert load_config(tmp_path / "saved.yaml", env=env) == cfg
+    save_config(cfg, tmp_path / "whole.yaml", show_secrets=True)
+    assert load_config(tmp_path / "whole.yaml", env={}) == cfg
+    assert (tmp_path / "whole.yaml").stat().st_mode & 0o077 == 0

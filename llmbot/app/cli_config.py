@@ -13,8 +13,8 @@ from typing import Annotated, Any, Literal
 import typer
 
 from .console import emit, say
-from ..core.config import Config, check_config, settings
-from ..core.config_io import RECIPES, config_schema, init_recipe, load_config, to_dict
+from ..core.config import Config, check_config
+from ..core.config_io import RECIPES, config_schema, hidden_settings, init_recipe, load_config, to_dict
 from ..core.errors import ConfigError
 from ..core.recipe import dump, write_atomically
 from ..core.settings import InvalidConfigError
@@ -53,7 +53,7 @@ def show(
     "Print the configuration in force: defaults, recipe, environment and overrides together."
     cfg = read_arguments(arguments)
     tree = differing(cfg) if changed else to_dict(cfg)
-    hidden = [s.key for s in settings().values() if s.secret and getattr(getattr(cfg, s.key.split(".")[0]), s.key.split(".")[1])]
+    hidden = hidden_settings(cfg)
     if as_json:
         emit(tree)
         return

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SECTIONS', 'RECIPES', 'Listener', 'read_recipe', 'put', 'find_setting', 'add_environment', 'add_overrides', 'locate',
-           'add_own_classes', 'load_config', 'to_dict', 'save_config', 'config_schema', 'recipe_lines', 'init_recipe',
-           'LiveConfig', 'flatten', 'changed_copy']
+           'add_own_classes', 'load_config', 'to_dict', 'hidden_settings', 'save_config', 'config_schema',
+           'recipe_lines', 'init_recipe', 'LiveConfig', 'flatten', 'changed_copy']
 
 # %% ../../nbs/core/010_config_io.ipynb #4758f2a5
 import copy
@@ -24,7 +24,7 @@ from .config import Config, settings
 from .errors import ConfigError
 from .own_settings import OWN_SETTINGS
 from .recipe import Draft, compose, dump, read_text, write_atomically
-from .settings import Fault, InvalidConfigError, Setting, nearest_key, shorten
+from .settings import Fault, InvalidConfigError, Setting, nearest_key, shorten, without_login
 
 # %% ../../nbs/core/010_config_io.ipynb #a51d9cf1
 SECTIONS = tuple(f.name for f in dataclasses.fields(Config))
@@ -167,15 +167,25 @@ def to_dict(
     cfg: Config,  # any configuration
     show_secrets: bool = False,  # put secrets in, in clear text
 ) -> dict[str, dict[str, Any]]:  # sections of plain values, ready for JSON or YAML
-    "A configuration as plain data; secrets that are set are left out."
+    "A configuration as plain data; secrets that are set are left out, and so are URLs that hold a login."
     tree: dict[str, dict[str, Any]] = dataclasses.asdict(cfg)
-    for section in tree.values():
-        for name, value in list(section.items()):
+    secret = {key for key, setting in settings(cfg.training.method, cfg.serving.backend).items() if setting.secret}
+    for section, values in tree.items():
+        for name, value in list(values.items()):
             if isinstance(value, SecretStr):
-                section[name] = value.get_secret_value()
-                if not show_secrets:
-                    del section[name]
+                values[name] = value.get_secret_value()
+            has_login = without_login(value) != value
+            if not show_secrets and value is not None and (f"{section}.{name}" in secret or has_login):
+                del values[name]
     return tree
+
+
+def hidden_settings(
+    cfg: Config,  # any configuration
+) -> list[str]:  # dotted keys
+    "What `to_dict` leaves out: secrets that are set, and URLs that hold a login."
+    shown = to_dict(cfg)
+    return [f"{section}.{name}" for section, values in to_dict(cfg, True).items() for name in values if name not in shown[section]]
 
 # %% ../../nbs/core/010_config_io.ipynb #f58c9c21
 def save_config(
@@ -185,7 +195,7 @@ def save_config(
 ) -> None:
     "Write `cfg` so that `load_config` gives it back."
     tree = to_dict(cfg, show_secrets)
-    hidden = [k for k in settings() if k.partition(".")[2] not in tree[k.partition(".")[0]]]
+    hidden = [] if show_secrets else hidden_settings(cfg)
     note = "".join(f"# {k} is set and not saved: give it as LLMBOT_{k.replace('.', '__').upper()}\n" for k in hidden)
     write_atomically(Path(path), note + dump(tree), private=show_secrets)
 

@@ -23,6 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ..core.config import ServingConfig
 from ..core.errors import ConfigError
 from ..core.serving_config import is_loopback
+from ..core.settings import without_login
 from .http_guard import error_response, logger
 from .sampling_params import RequestError
 
@@ -87,8 +88,8 @@ class RateLimits:
             self._window = MovingWindowRateLimiter(storage_from_string(f"async+{storage}"))
         except (ConfigurationError, NotImplementedError, ValueError) as exc:
             scheme = storage.partition(":")[0]
-            message = f"serving.rate_limit_storage: requests cannot be counted in '{scheme}' ({exc}). memory:// always works; "
-            raise ConfigError(message + "redis://HOST needs the package redis") from exc
+            message = f"serving.rate_limit_storage: requests cannot be counted in '{scheme}' ({without_login(str(exc))}). "
+            raise ConfigError(message + "memory:// always works; redis://HOST needs the package redis") from exc
 
     async def take(
         self,

@@ -115,6 +115,8 @@ def _uvicorn(app: FastAPI, serving: ServingConfig, grace_s: float, own_log: bool
     import uvicorn
     from uvicorn.config import LOGGING_CONFIG
 
+    from llmbot.serving.slow_headers import PatientlyBounded
+
     log: dict[str, Any] = copy.deepcopy(LOGGING_CONFIG)
     log["loggers"]["llmbot"] = {"handlers": ["default"], "level": serving.log_level.upper(), "propagate": False}
     config = uvicorn.Config(
@@ -126,7 +128,7 @@ def _uvicorn(app: FastAPI, serving: ServingConfig, grace_s: float, own_log: bool
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        http="h11",  # bounds the size of all headers together, which the other implementation does not
+        http=PatientlyBounded,  # bounds the size of all headers together, and the time that they take
         ws="none",
     )
     return uvicorn.Server(config)

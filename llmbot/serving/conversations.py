@@ -104,7 +104,8 @@ def open_engine(
     except (ArgumentError, NoSuchModuleError) as exc:
         raise ConfigError("serving.conversations_url is not a URL that SQLAlchemy knows, such as sqlite:///chats.db") from exc
     except ImportError as exc:
-        raise ConfigError(f"serving.conversations_url needs the package '{exc.name}': install it") from exc
+        how = "pip install 'llmbot[postgres]'" if exc.name == "psycopg" else "install it"
+        raise ConfigError(f"serving.conversations_url needs the package '{exc.name}': {how}") from exc
     if engine.dialect.is_async:
         raise ConfigError(f"serving.conversations_url: '{made.drivername}' is an asynchronous driver; name a synchronous one")
     if engine.dialect.name == "sqlite":
