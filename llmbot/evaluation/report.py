@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.data_report import Loss
+from ..monitoring.bootstrap import Interval
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -55,6 +56,7 @@ class EvaluationReport:
     unfinished: int = 0  # answers that reached max_new_tokens without a stop token
     settings: dict[str, Any] = field(default_factory=dict)  # backend, max_new_tokens, dtype, ...
     seconds: float = 0.0
+    intervals: dict[str, Interval] = field(default_factory=dict)  # 95 %, of the metrics of answers
 
     def to_dict(self) -> dict[str, Any]:
         "As plain JSON."
@@ -80,8 +82,12 @@ def _lines(report: EvaluationReport) -> tuple[list[str], list[list[str]], str]:
     names = list(report.metrics)
     everything = GroupResult("all" if report.groups else report.bot, report.rows, report.metrics)
     body = [[g.name, str(g.rows), *(f"{g.metrics[n]:.4g}" for n in names)] for g in [*report.groups, everything]]
+    body[-1][2:] = [f"{cell} {report.intervals[n]}" if n in report.intervals else cell for n, cell in zip(names, body[-1][2:], strict=True)]
     notes = [", ".join(report.data)]
     notes += [f"left out, rows: {loss.count}: {loss.detail}" for loss in report.dropped.values()]
+    notes += [f"{name}: {value}" for name, value in report.settings.items() if name.endswith("_signature")]
+    if report.intervals:
+        notes.append("in brackets: 95 % interval by resampling rows")
     if report.unfinished:
         notes.append(f"{report.unfinished} answers did not end within {report.settings['max_new_tokens']} tokens")
     return ["", "rows", *names], body, "\n".join(notes)
