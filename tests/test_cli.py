@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tiny_bots import make_bot
 
 from llmbot.app.cli import app, main
 from llmbot.core.bot import PICKLE_SUFFIXES
@@ -92,7 +93,7 @@ def commands() -> list[list[str]]:
 
 def test_the_commands_are_there() -> None:
     assert {" ".join(c) for c in commands()} == {
-        "quickstart", "train", "evaluate", "chat", "serve", "data inspect", "models list", "models show", "models verify",
+        "quickstart", "train", "evaluate", "compare", "chat", "serve", "data inspect", "models list", "models show", "models verify",
         "models presets", "models merge", "plan", "lr-find", "data show-batch", "config show",
         "config validate", "config schema", "config init", "export onnx", "verify"}
 
@@ -153,6 +154,8 @@ MISTAKES: dict[str, tuple[list[str], int, list[str]]] = {
     "unknown metric": (["evaluate", "tiny", "--data", "chats.jsonl", "--metrics", "exact_mach"], 2, ["exact_mach", "exact_match"]),
     "report into a directory that is not there": (
         ["evaluate", "tiny", "--data", "chats.jsonl", "-o", "absent/report.json"], 1, ["absent/report.json"]),
+    "nothing to compare on": (["compare", "tiny", "tiny"], 3, ["--data"]),
+    "a metric that compares no answers": (["compare", "tiny", "tiny", "--data", "chats.jsonl", "--metrics", "loss"], 2, ["loss"]),
     "nothing to serve": (["serve"], 2, ["serving.models"]),
     "open to all without a token": (["serve", "tiny", "--host", "0.0.0.0"], 2, ["serving.token", "LLMBOT_SERVING__TOKEN"]),
     "short token": (["serve", "tiny", "--token", "hunter2"], 2, ["serving.token"]),
@@ -307,6 +310,22 @@ def test_evaluate(home: Path, inside: Run) -> None:
     assert code == 0
     assert "exact_match" in out
     assert "perplexity" not in out
+
+
+def test_compare(inside: Run, home: Path) -> None:
+    asked = ("compare", "tiny", "other/untrained", "--data", "chats.jsonl", "--metrics", "exact_match,bleu")
+    make_bot(home / "other", "untrained", seed=5)
+    code, out, _ = inside(*asked, "--json", "-o", "compared.json")
+    found = json.loads(out)
+    names = ("tiny", "other/untrained")
+    one, two = (json.loads(inside("evaluate", name, "--data", "chats.jsonl", "--json")[1])["metrics"] for name in names)
+    difference = found["differences"]["exact_match"]
+    assert (code, difference["first"], difference["second"]) == (0, one["exact_match"], two["exact_match"])
+    assert found["wins"] - found["losses"] == round(4 * (two["exact_match"] - one["exact_match"]))
+    assert difference["interval"]["low"] <= two["exact_match"] - one["exact_match"] <= difference["interval"]["high"]
+    assert json.loads((home / "compared.json").read_text()) == found
+    code, out, _ = inside(*asked)
+    assert (code, "untrained over tiny" in out, "nrefs:1" in out) == (0, True, True)
 
 
 def test_models(home: Path, inside: Run) -> None:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'data_app', 'Bot', 'Overrides', 'Recipe', 'print_version', 'options', 'complete_bot', 'settle',
-           'quiet_libraries', 'inspect_data', 'inspect', 'show_batch', 'evaluate', 'one_answer', 'piped_text', 'chat',
-           'import_readline', 'serve', 'main']
+           'quiet_libraries', 'inspect_data', 'inspect', 'show_batch', 'evaluate', 'compare', 'one_answer',
+           'piped_text', 'chat', 'import_readline', 'serve', 'main']
 
 # %% ../../nbs/app/550_cli.ipynb #6b8c0f9d
 import contextlib
@@ -165,14 +165,45 @@ def evaluate(
     quiet = not sys.stderr.isatty()
     with only_json(as_json), Progress(console=terminal(sys.stderr), transient=True, disable=quiet) as bar:
         task = bar.add_task("rows", total=None)
-        report = evaluate_bot(bot, data, names, config=cfg.data, model=cfg.model, backend=cfg.serving.backend, group_by=group_by,
-                              max_rows=max_rows, progress=lambda done, rows: bar.update(task, completed=done, total=rows))
+        report = evaluate_bot(bot, data, names, config=cfg.data, model=cfg.model, backend=cfg.serving.backend, engine=cfg.engine,
+                              group_by=group_by, max_rows=max_rows,
+                              progress=lambda done, rows: bar.update(task, completed=done, total=rows))
     if output:
         report.save(output)
     if as_json:
         emit(report.to_dict())
     else:
         terminal().print(report)
+
+# %% ../../nbs/app/550_cli.ipynb #5f1a04f7
+@app.command()
+def compare(
+    first: Bot,
+    second: Annotated[str, typer.Argument(metavar="OTHER", help="Another bot, asked the same.", autocompletion=complete_bot)],
+    overrides: Overrides = None,
+    data: Annotated[list[str] | None, typer.Option("--data", help="Held-out file, directory or hub data set; may be repeated.")] = None,
+    metrics: Annotated[str, typer.Option(help="Metrics of answers by name, with commas between them.")] = "exact_match,token_f1",
+    max_rows: Annotated[int | None, typer.Option(min=1, help="No more than this many rows.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write the comparison to this JSON file.")] = None,
+    config: Recipe = None,
+    as_json: AsJson = False,
+) -> None:
+    "Measure two bots on the same rows: the difference with its interval, and where they differ."
+    cfg = settle(config, overrides)
+    if not data:
+        raise DataError("there is nothing to compare on: name held-out rows with --data FILE")
+    from llmbot.evaluation.compare import compare_bots
+
+    names = [name.strip() for name in metrics.split(",") if name.strip()]
+    with only_json(as_json):
+        found = compare_bots(first, second, data, names, config=cfg.data, model=cfg.model, backend=cfg.serving.backend, engine=cfg.engine,
+                             max_rows=max_rows)
+    if output:
+        found.save(output)
+    if as_json:
+        emit(found.to_dict())
+    else:
+        terminal().print(found)
 
 # %% ../../nbs/app/550_cli.ipynb #fa1186ca
 def one_answer(

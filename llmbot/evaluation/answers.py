@@ -12,7 +12,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from contextlib import aclosing
 from typing import Any, TypeVar
 
-from ..core.config import Config, ModelConfig
+from ..core.config import Config
 from ..core.model_manager import LoadedBot, context_length
 from .questions import Question
 from ..serving.backends import create_backend
@@ -44,10 +44,10 @@ def answers_in_batches(
 
 
 async def answers_from_backend(
-    name: str, ref: str, model: ModelConfig, questions: Sequence[Question], max_new_tokens: int, progress: Progress | None
+    name: str, ref: str, cfg: Config, questions: Sequence[Question], max_new_tokens: int, progress: Progress | None
 ) -> list[tuple[str, bool]]:  # text, and whether it ended by itself
     "Greedy answers through the backend protocol, eight requests at a time."
-    backend, turns, done = create_backend(name, ref, Config(model=model)), asyncio.Semaphore(8), 0
+    backend, turns, done = create_backend(name, ref, cfg), asyncio.Semaphore(8), 0
 
     async def ask(index: int, question: Question) -> tuple[str, bool]:
         nonlocal done

@@ -8,7 +8,7 @@ __all__ = ['ComparedRow', 'Comparison', 'comparison_table', 'comparison_html', '
 # %% ../../nbs/evaluation/420_compare.ipynb #30bb9a0e
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -133,6 +133,16 @@ def _in_common(one: Asked, two: Asked) -> tuple[list[Question], list[str], list[
     return questions, *answers, len(first.keys() ^ second.keys())
 
 
+def _scorer(metrics: Sequence[str]) -> str:
+    return next((name for name in metrics if get_metric(name).row is not None), "exact_match")
+
+
+def _by_row(metrics: Sequence[str], questions: Sequence[Question], said: Sequence[str], also: Sequence[str]) -> list[ComparedRow]:
+    score = judge(metrics)
+    return [ComparedRow(q.prompt, q.reference, a, b, (score(a, q.reference), score(b, q.reference)), q.where)
+            for q, a, b in zip(questions, said, also, strict=True)]  # fmt: skip
+
+# %% ../../nbs/evaluation/420_compare.ipynb #60b09da8
 def compare_bots(
     first: str | Path,  # a bot
     second: str | Path,  # another, better or worse
@@ -142,8 +152,9 @@ def compare_bots(
     config: DataConfig | None = None,  # how rows are read; None: recognised, bad ones left out
     model: ModelConfig | None = None,  # device, dtype and quantization
     backend: str = "torch",  # the engine that answers
+    engine: Mapping[str, Any] | None = None,  # its own settings
     max_rows: int | None = None,  # the first so many usable rows of each
-    max_new_tokens: int | None = None,  # None: 8 more than the longest reference, at most 1024
+    max_new_tokens: int | None = None,  # for both; None: 8 more than the longest reference in the first bot's tokens, at most 1024
     batch_size: int = 64,  # prompts in one forward pass
     resamples: int = RESAMPLES,
     examples: int = 5,  # rows to show
@@ -153,9 +164,10 @@ def compare_bots(
     check_metrics(metrics, backend)
     if likely := [name for name in metrics if name in LIKELIHOOD]:
         raise ConfigError(f"{likely[0]} has no answers to compare row by row: see it for each bot with 'llmbot evaluate'")
-    options: dict[str, Any] = {"config": config, "model": model, "backend": backend, "max_rows": max_rows, "batch_size": batch_size,
-                               "max_new_tokens": max_new_tokens, "progress": progress}  # fmt: skip
-    one, two = (ask_questions(ref, data, True, False, **options) for ref in (first, second))
+    options: dict[str, Any] = {"config": config, "model": model, "backend": backend, "engine": engine, "max_rows": max_rows,
+                               "batch_size": batch_size, "progress": progress}  # fmt: skip
+    one = ask_questions(first, data, True, False, max_new_tokens=max_new_tokens, **options)
+    two = ask_questions(second, data, True, False, max_new_tokens=max_new_tokens or one.settings["max_new_tokens"], **options)
     questions, said, also, left_out = _in_common(one, two)
     references = [q.reference for q in questions]
     found = {name: paired_difference(get_metric(name), said, also, references, resamples) for name in metrics}
@@ -166,13 +178,3 @@ def compare_bots(
     settings |= {f"{n}_signature": s() for n in metrics if (s := get_metric(n).signature) is not None}
     return Comparison(one.bot.name, two.bot.name, one.files, len(rows), left_out, found, wins, losses, len(rows) - wins - losses,
                       apart[:examples], settings)  # fmt: skip
-
-
-def _scorer(metrics: Sequence[str]) -> str:
-    return next((name for name in metrics if get_metric(name).row is not None), "exact_match")
-
-
-def _by_row(metrics: Sequence[str], questions: Sequence[Question], said: Sequence[str], also: Sequence[str]) -> list[ComparedRow]:
-    score = judge(metrics)
-    return [ComparedRow(q.prompt, q.reference, a, b, (score(a, q.reference), score(b, q.reference)), q.where)
-            for q, a, b in zip(questions, said, also, strict=True)]  # fmt: skip

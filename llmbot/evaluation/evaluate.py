@@ -8,12 +8,12 @@ __all__ = ['LOGITS_BYTES', 'LIKELIHOOD', 'batches_of', 'measure', 'by_group', 'j
 
 # %% ../../nbs/evaluation/410_evaluate.ipynb #04216c95
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..core.config import DataConfig, ModelConfig
+from ..core.config import Config, DataConfig, ModelConfig
 from ..core.data_report import Loss
 from ..core.errors import ConfigError
 from ..core.model_manager import LoadedBot, context_length, load_bot
@@ -21,7 +21,6 @@ from ..core.packing import Encoded
 from .answers import Progress, answers_from_backend, answers_in_batches, run_apart
 from .questions import Question, Reading, read_questions
 from .report import AnsweredRow, EvaluationReport, GroupResult
-from ..monitoring import generation_metrics as generation_metrics  # registers its metrics
 from ..monitoring.bootstrap import CONFIDENCE, RESAMPLES, SEED, interval
 from ..monitoring.text_metrics import RowScore, exact_match, get_metric
 
@@ -122,7 +121,7 @@ class Asked:
     unfinished: int  # answers that reached the limit without a stop token
     settings: dict[str, Any]
 
-
+# %% ../../nbs/evaluation/410_evaluate.ipynb #d512f9bc
 def ask_questions(
     ref: str | Path,  # the bot
     data: str | Path | Sequence[str | Path],  # held-out files, directories or hub data sets
@@ -132,6 +131,7 @@ def ask_questions(
     config: DataConfig | None = None,  # as in `evaluate_bot`, and so all that follow
     model: ModelConfig | None = None,
     backend: str = "torch",
+    engine: Mapping[str, Any] | None = None,
     group_by: str | None = None,
     max_rows: int | None = None,
     max_new_tokens: int | None = None,
@@ -150,7 +150,8 @@ def ask_questions(
     if compare and backend == "torch":
         said = answers_in_batches(bot, questions, limit, batch_size, progress)
     elif compare:
-        said = run_apart(answers_from_backend(backend, bot.reference.location, model, questions, limit, progress))
+        cfg = Config(model=model, engine=dict(engine or {}))
+        said = run_apart(answers_from_backend(backend, bot.reference.location, cfg, questions, limit, progress))
     settings = {"backend": backend, "decoding": "greedy", "max_new_tokens": limit, "device": bot.device, "train_on": config.train_on,
                 "split": config.split}  # fmt: skip
     return Asked(bot, files, questions, dropped, [text for text, _ in said], sum(not ended for _, ended in said), settings)
@@ -188,6 +189,7 @@ def evaluate_bot(
     config: DataConfig | None = None,  # how rows are read; None: recognised, bad ones left out and counted
     model: ModelConfig | None = None,  # device, dtype and quantization
     backend: str = "torch",  # the engine that answers
+    engine: Mapping[str, Any] | None = None,  # its own settings, such as `urls` of remote
     group_by: str | None = None,  # a column, such as "skill": figures for each of its values
     max_rows: int | None = None,  # the first so many usable rows
     max_new_tokens: int | None = None,  # None: 8 more than the longest reference, at most 1024
@@ -198,8 +200,8 @@ def evaluate_bot(
     "Measure a bot on held-out rows, greedily. Raises `DataError`, `ConfigError` or `BotError` with the reason when it cannot."
     began = time.perf_counter()
     compare, surprise = check_metrics(metrics, backend)
-    asked = ask_questions(ref, data, compare, surprise, config=config, model=model, backend=backend, group_by=group_by, max_rows=max_rows,
-                          max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress)
+    asked = ask_questions(ref, data, compare, surprise, config=config, model=model, backend=backend, engine=engine, group_by=group_by,
+                          max_rows=max_rows, max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress)
     report = EvaluationReport(asked.bot.name, asked.files, len(asked.questions), {}, dropped=asked.dropped, settings=asked.settings)
     _fill_in(report, metrics, asked, batch_size if surprise else 0, bool(group_by))
     _add_intervals(report, metrics, asked)

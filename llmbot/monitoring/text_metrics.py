@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from decimal import Decimal
 
 from ..core.errors import ConfigError
+from ..core.settings import import_object
 
 # %% ../../nbs/monitoring/110_text_metrics.ipynb #a05ca8d5
 RowScore = Callable[[str, str], float]  # (answer, reference) -> score of one row
@@ -82,6 +83,7 @@ def signed(
 # %% ../../nbs/monitoring/110_text_metrics.ipynb #ff445844
 def text_metrics() -> dict[str, TextMetric]:  # by name
     "All registered metrics."
+    importlib.import_module("llmbot.monitoring.generation_metrics")  # registers its own
     return dict(sorted(_metrics.items()))
 
 
@@ -89,7 +91,7 @@ def get_metric(name: str) -> TextMetric:
     "A metric by its name, or a function `(answer, reference) -> score` as `module:function`. Raises `ConfigError` with the nearest name."
     if ":" in name:
         return _imported(name)
-    if name not in _metrics:
+    if name not in text_metrics():
         near = difflib.get_close_matches(name, _metrics, n=1)
         hint = f"Did you mean '{near[0]}'? " if near else ""
         raise ConfigError(f"there is no metric '{name}'. {hint}Known: {', '.join(sorted(_metrics))}.")
@@ -97,11 +99,7 @@ def get_metric(name: str) -> TextMetric:
 
 # %% ../../nbs/monitoring/110_text_metrics.ipynb #dbd38b99
 def _imported(name: str) -> TextMetric:
-    module, _, function = name.partition(":")
-    try:
-        row = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as exc:
-        raise ConfigError(f"the metric '{name}' cannot be imported: {exc}. Name it as module:function, on Python's path.") from exc
+    row = import_object(name, "the metric")
     if not callable(row):
         raise ConfigError(f"'{name}' is no function of an answer and a reference")
     row_metric(name)(row)
