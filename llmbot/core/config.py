@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
-from .own_settings import METHOD_SETTINGS, OWN_SETTINGS, section_conflicts
+from .own_settings import METHOD_SETTINGS, OWN_SETTINGS, section_conflicts, tracker_conflicts
 from .serving_config import ServingConfig
 from llmbot.core.settings import (
     STRICT, Conflict, Fault, InvalidConfigError, Setting, changed, refuse, section, settings_of,
@@ -160,9 +160,13 @@ def monitoring_conflicts(monitoring: "MonitoringConfig") -> Iterator[Conflict]:
 @dataclass(kw_only=True, config=STRICT)
 class MonitoringConfig:
     "Where metrics of a run go, and what the model is asked on the way."
-    trackers: Names = Field(default_factory=lambda: ["tensorboard"], description="Trackers by name; []: none")
+    trackers: Names = Field(default_factory=lambda: ["tensorboard"], description="Trackers by name, or MODULE:CLASS; []: none")
     log_dir: Name | None = Field(default=None, description="Directory of tracker files; unset: OUTPUT_DIR.run")
     run_name: Name | None = Field(default=None, description="Name of the run in the trackers; unset: the bot's name")
+    tracker_wait_s: Annotated[float, Field(ge=0)] = Field(
+        default=60, description="Seconds that the end of a run waits for slow trackers; what is left is kept beside the run")
+    log_bot: Literal["reference", "copy"] = Field(
+        default="reference", description="What trackers get of the bot: where it lies, or all of its files")
     sample_prompts: Names = Field(default_factory=list, description="Prompts whose answers are logged during training")
     sample_steps: Size | None = Field(default=None, description="Steps between two such samples; unset: at each evaluation")
     resource_interval_s: Annotated[float, Field(ge=0.1)] | None = Field(
@@ -185,9 +189,10 @@ def method_settings(
 
 
 def own_conflicts(cfg: "Config") -> Iterator[Conflict]:
-    "What is wrong in the sections `method` and `engine`."
+    "What is wrong in the sections `method`, `engine` and `tracker`."
     yield from section_conflicts(OWN_SETTINGS["method"], cfg.training.method, cfg.method)
     yield from section_conflicts(OWN_SETTINGS["engine"], cfg.serving.backend, cfg.engine)
+    yield from tracker_conflicts(cfg.tracker)
 
 # %% ../../nbs/core/006_config.ipynb #839fc12d
 def trains_adapter(
@@ -250,6 +255,7 @@ class Config:
     serving: ServingConfig = Field(default_factory=lambda: ServingConfig(), description="How it is served")
     engine: dict[str, Any] = Field(default_factory=dict, description="Settings of the serving engine's own, by their names")
     monitoring: MonitoringConfig = Field(default_factory=lambda: MonitoringConfig(), description="How it is watched")
+    tracker: dict[str, dict[str, Any]] = Field(default_factory=dict, description="Settings of each tracker's own: NAME: {SETTING: VALUE}")
 
     @model_validator(mode="after")
     def _refuse_conflicts(self) -> Self:
@@ -297,4 +303,4 @@ def settings(
     for name, own in zip((method, backend), OWN_SETTINGS.values(), strict=True):
         if name and (cls := own.find(name)):
             table |= settings_of(cls, f"{own.section}.")
-    return {key: found for key, found in table.items() if key not in OWN_SETTINGS}
+    return {key: found for key, found in table.items() if "." in key}

@@ -80,8 +80,8 @@ def put(
 def find_setting(
     key: str,  # dotted
 ) -> Setting | None:  # None where there is none
-    "A setting by its key. What stands below `method` and `engine` is checked later, by what was chosen."
-    own = key.partition(".")[0] in OWN_SETTINGS and key.count(".") == 1
+    "A setting by its key. What stands below `method`, `engine` and `tracker` is checked later, by what was chosen."
+    own = key.partition(".")[0] in (*OWN_SETTINGS, "tracker") and key.count(".") == 1
     return Setting(key, None, "a value", "", False, False, "any") if own else settings().get(key)
 
 

@@ -8,7 +8,7 @@ __all__ = ['tracker_name', 'TrackerCallback', 'ProgressCallback', 'progress_text
 
 # %% ../../nbs/training/202_callbacks.ipynb #bb9d8a25
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -19,6 +19,7 @@ from transformers.trainer_callback import ExportableState
 from ..core.chat import ChatFormat
 from ..core.processes import from_main
 from ..monitoring.experiment_tracker import TrackerGroup
+from ..monitoring.resources import ResourceMonitor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,12 +34,28 @@ def tracker_name(
             return f"validation/{name.removeprefix(prefix)}"
     return f"train/{name}"
 
-
+# %% ../../nbs/training/202_callbacks.ipynb #21534e5e
 class TrackerCallback(TrainerCallback):
-    "Passes on to the trackers what the trainer logs."
+    "Passes on to the trackers what the trainer logs, and beside it what the run takes of its machine."
 
-    def __init__(self, tracker: TrackerGroup):
-        self.tracker = tracker
+    def __init__(
+        self,
+        tracker: TrackerGroup,
+        monitor: ResourceMonitor | None = None,  # started with the training; the group stops it
+        share: Callable[[Any, str, str], float | None] | None = None,  # of the peak that a token a second takes: see `flops_share`
+    ):
+        self.tracker, self.monitor, self.share = tracker, monitor, share
+        self.per_token: float | None = None
+        self.step, self.told = -1, set[str]()  # the step that was logged last, and the names that it has a number for
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        "Begin to read what the machine does."
+        if self.share is not None and self.tracker.trackers:
+            precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
+            self.per_token = self.share(kwargs["model"].config, args.device.type, precision)
+        if self.monitor is not None:
+            self.monitor.readings.take()  # a short run ends before the monitor's first reading
+            self.tracker.on_finish.append(self.monitor.start().stop)
 
     def on_log(
         self,
@@ -48,8 +65,16 @@ class TrackerCallback(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        "Log numbers at the current step."
+        "Log numbers at the current step, each once."
         numbers = {tracker_name(k): v for k, v in (logs or {}).items() if k != "epoch" and isinstance(v, int | float)}
+        if "loss" in (logs or {}) and self.monitor is not None:
+            numbers |= {f"system/{name}": value for name, value in self.monitor.latest.items()}
+        if self.per_token is not None and "train/tokens_per_second" in numbers:
+            numbers["train/mfu"] = numbers["train/tokens_per_second"] * self.per_token
+        if state.global_step != self.step:
+            self.step, self.told = state.global_step, set()
+        numbers = {name: value for name, value in numbers.items() if name not in self.told}
+        self.told |= numbers.keys()
         if numbers:
             self.tracker.log_metrics(numbers, state.global_step)
 
@@ -180,5 +205,4 @@ class SampleCallback(TrainerCallback):
     def sample(self, model: "PreTrainedModel", step: int) -> None:
         "Answer every prompt and log the answers as one table."
         rows = [(p, greedy_answer(model, self.chat, p, self.as_chat)) for p in self.prompts]
-        table = "\n".join(["| prompt | answer |", "|---|---|", *(f"| {p} | {a} |" for p, a in rows)])
-        self.tracker.log_text("samples", table, step)
+        self.tracker.log_table("samples", ["prompt", "answer"], rows, step)

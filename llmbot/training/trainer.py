@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TrainingResult', 'training_texts', 'make_tokenizer', 'fit_chat_template', 'make_model', 'check_recipe', 'open_run',
-           'prepare_run', 'make_callbacks', 'sequence_length', 'measure', 'run_manifest', 'train', 'take_steps',
-           'heldout_metrics', 'read_or_measure_baseline', 'finish']
+           'prepare_run', 'sequence_length', 'measure', 'run_manifest', 'train', 'take_steps', 'heldout_metrics',
+           'read_or_measure_baseline', 'finish']
 
 # %% ../../nbs/training/230_trainer.ipynb #8e3fd6c3
 import itertools
@@ -32,18 +32,18 @@ from ..core.errors import ConfigError, DataError, TrainingError
 from ..core.model_manager import context_length, load_bot, new_model, pick_device, train_tokenizer, whole_model
 from ..core.preflight import preflight
 from ..core.processes import add_up, is_main, join_processes, main_first
-from ..monitoring.experiment_tracker import TrackerGroup, check_trackers, create_trackers
+from ..monitoring.experiment_tracker import check_trackers
 from .bot_trainer import served
-from .callbacks import ProgressCallback, SampleCallback, TrackerCallback
 from .checkpoints import check_resume, keep_json, resume_point, run_record
 from .control import ControlCallback, TrainingControl, train_under_control
 from .launch import check_processes, run_directory, shared_directory, wrapping_check
 from .lora_trainer import write_bot
-from .methods import SHARDED, TrainingMethod, TrainingRun, asked_strategy, check_strategy, get_method
+from .methods import TrainingMethod, TrainingRun, asked_strategy, check_strategy, get_method
 from .methods import resolve_rate, settings_for
+from .run_tracking import begin_tracking, data_facts, end_tracking, make_callbacks
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 # %% ../../nbs/training/230_trainer.ipynb #dbd801ef
 @dataclass
@@ -201,26 +201,6 @@ def prepare_run(
     tracker, callbacks = make_callbacks(cfg, chat, method.data_kind != "text", run_dir, console)
     return TrainingRun(cfg, model, tokenizer, chat, data, tracker, callbacks, run_dir, device, settings_for(cfg))
 
-# %% ../../nbs/training/230_trainer.ipynb #01658f60
-def make_callbacks(
-    cfg: Config,  # the resolved config
-    chat: ChatFormat,  # for samples
-    as_chat: bool,  # whether samples are answers, or continuations of text
-    run_dir: Path,  # where trackers log by default
-    console: Console,  # where progress is shown
-) -> "tuple[TrackerGroup, list[TrainerCallback]]":  # the trackers, and what watches the run
-    "The trackers and callbacks that a recipe asks for."
-    m = cfg.monitoring
-    if not is_main():  # only rank 0 talks, but under a sharded strategy no process can answer alone
-        silent = TrackerGroup({}, run_dir / "unsent.jsonl")
-        together = bool(m.sample_prompts) and asked_strategy(cfg.training.strategy) in SHARDED
-        return silent, [SampleCallback(silent, chat, m.sample_prompts, m.sample_steps, as_chat)] if together else []
-    tracker = create_trackers(m.trackers, m.log_dir or run_dir, m.run_name or Path(cfg.training.output_dir).name)
-    callbacks: list[TrainerCallback] = [TrackerCallback(tracker), ProgressCallback(console)]
-    if m.sample_prompts:
-        callbacks.append(SampleCallback(tracker, chat, m.sample_prompts, m.sample_steps, as_chat))
-    return tracker, callbacks
-
 # %% ../../nbs/training/230_trainer.ipynb #4fcfcdc5
 def sequence_length(
     cfg: Config,  # the resolved config
@@ -256,13 +236,12 @@ def run_manifest(
     "What a bot's manifest says of the run that made it."
     cfg, parent = run.config, run.config.model.base
     origin = load_bot(parent, device="cpu", revision=cfg.model.revision).path if parent else None
-    report = run.data.report
     return Manifest(
         name=Path(cfg.training.output_dir).resolve().name,
         method=cfg.training.method,
         parent=parent,
         parent_digest=bot_digest(origin) if origin else None,
-        data=[{"files": [Path(s).name for s in cfg.data.train], "rows": report.rows_kept, "fingerprint": run.data.fingerprint}],
+        data=data_facts(run),
         config=to_dict(cfg),
         seed=cfg.training.seed,
         metrics=metrics,
@@ -303,7 +282,10 @@ def train(
     baseline = read_or_measure_baseline(trainer, run, resume)
     steering = ControlCallback(control or TrainingControl(), run.chat, method.data_kind != "text", getattr(trainer, "budget", None))
     seconds = take_steps(trainer, run, steering, checkpoint)
-    return finish(trainer, run, baseline, seconds)
+    try:
+        return finish(trainer, run, baseline, seconds)
+    finally:
+        run.tracker.finish()
 
 # %% ../../nbs/training/230_trainer.ipynb #80597d74
 def take_steps(
@@ -313,7 +295,7 @@ def take_steps(
     checkpoint: Path | None,  # where it goes on
 ) -> float:  # seconds
     "Train to the end, or raise what ended it; the trackers then keep what they have."
-    run.tracker.log_params(to_dict(run.config))
+    begin_tracking(run, checkpoint)
     run.model.config.use_cache = False
     trainer.add_callback(wrapping_check(trainer, asked_strategy(run.config.training.strategy)))
     started = time.monotonic()
@@ -369,8 +351,7 @@ def finish(
         if is_main():
             keep_json(run.run_dir / "history.json", trainer.state.log_history)
             write_bot(run, model, run_manifest(run, metrics), weights)  # last: a bot says that all is done
-    run.tracker.log_artifact("bot", bot)
-    run.tracker.finish()
+    end_tracking(run, bot)
     rate = add_up([getattr(trainer, "tokens_seen", 0)])[0] / max(seconds, 1e-9)
     waited = getattr(trainer, "data_wait_share", None)
     return TrainingResult(bot, run.run_dir, metrics, trainer.state.global_step, seconds, rate, trainer.state.log_history, waited)

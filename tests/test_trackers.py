@@ -1,0 +1,256 @@
+"""Four trackers of one real run, which was killed and resumed: what each of them wrote is read back, step by step."""
+
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+import zipfile
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ |= {"MLFLOW_DISABLE_TELEMETRY": "true", "WANDB_ERROR_REPORTING": "false", "COMET_DISABLE_AUTO_LOGGING": "1"}
+from rich.console import Console
+
+from llmbot.core.config_io import load_config
+from llmbot.monitoring.experiment_tracker import identity
+from llmbot.monitoring.tracker_queue import read_calls
+from llmbot.training.callbacks import tracker_name
+from llmbot.training.trainer import train
+
+QUIET = Console(quiet=True)
+ROOT = Path(__file__).parents[1]
+FOUR = ["tensorboard", "mlflow", "wandb", "comet"]
+PLANTED = {  # none of these may be found in anything that a tracker keeps
+    "LLMBOT_TEST_API_KEY": "planted-value-of-the-environment",
+    "in the configuration": "planted-token-of-the-server-0123456789",
+    "in an address": "planted-password-of-an-address",
+    "in a prompt": "hf_" + "plantedtokenofahub" * 2,
+}
+KILLED = """
+import os, signal, sys
+from rich.console import Console
+from transformers import TrainerCallback
+import llmbot.training.trainer as trainer
+from llmbot.core.config_io import load_config
+
+class Kill(TrainerCallback):
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.global_step == 10:  # checkpoints are after 4 and 8
+            os.kill(os.getpid(), signal.SIGKILL)
+
+make = trainer.make_callbacks
+trainer.make_callbacks = lambda *a: (lambda t, c: (t, [*c, Kill()]))(*make(*a))
+trainer.train(load_config(None, sys.argv[1:], env={}), console=Console(quiet=True))
+"""
+
+
+def write_chats(path: Path) -> Path:
+    rows = [
+        {"messages": [{"role": "user", "content": f"{a} {b}"}, {"role": "assistant", "content": f"{b} {a}" * n}]}
+        for a in ("red", "blue", "green", "grey") for b in ("fish", "bird", "cat") for n in (1, 2, 3, 4)
+    ]  # fmt: skip
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def overrides(folder: Path, name: str, **changes: object) -> list[str]:
+    settings = {
+        "model.preset": "qwen3-0.2m", "model.vocab_size": 300, "training.method": "sft", "training.output_dir": folder / name,
+        "training.max_steps": 12, "training.precision": "fp32", "training.logging_steps": 1, "training.eval_steps": 4,
+        "training.save_steps": 4, "data.train": f"[{write_chats(folder / 'chats.jsonl')}]", "data.cache_dir": folder / "cache",
+        "data.max_seq_length": 64, "data.validation_split": 0.2, "monitoring.trackers": f"[{', '.join(FOUR)}]", **changes,
+    }  # fmt: skip
+    return [f"{key}={value}" for key, value in settings.items() if value is not None]
+
+
+@dataclass
+class Tracked:
+    "A finished run and what it should have told."
+
+    folder: Path
+    run_dir: Path
+    id: str
+    numbers: dict[str, list[tuple[int, float]]]  # name -> (step, value), as the trainer's own history has it
+
+
+def told(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
+    "The trainer's history under the trackers' names, each number once a step."
+    found: dict[str, dict[int, float]] = defaultdict(dict)
+    for entry in json.loads((run_dir / "history.json").read_text()):
+        for key, value in entry.items():
+            if key not in ("epoch", "step") and isinstance(value, int | float):
+                found[tracker_name(key)].setdefault(entry["step"], value)
+    return {name: sorted(values.items()) for name, values in found.items()}
+
+
+@pytest.fixture(scope="module")
+def tracked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tracked]:
+    "One run in all four trackers, killed after step 10 and resumed from step 8, with secrets planted on the way."
+    folder = tmp_path_factory.mktemp("tracked")
+    given = overrides(folder, "bot", **{
+        "serving.token": PLANTED["in the configuration"],
+        "monitoring.sample_prompts":
+            f"['red fish', 'see https://me:{PLANTED['in an address']}@example.org/ with {PLANTED['in a prompt']}']",
+    })  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LLMBOT_TEST_API_KEY", PLANTED["LLMBOT_TEST_API_KEY"])
+        done = subprocess.run([sys.executable, "-c", KILLED, *given], cwd=ROOT, capture_output=True, text=True, timeout=300)
+        assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
+        first = identity(folder / "bot.run")
+        train(load_config(None, given, env={}), resume=True, console=QUIET)
+    again = identity(folder / "bot.run")
+    assert first
+    assert first == again
+    return Tracked(folder, folder / "bot.run", first["id"], told(folder / "bot.run"))
+
+
+def check_numbers(tracked: Tracked, read: dict[str, list[tuple[int, float]]], exact: bool = True) -> None:
+    "Everything that the history has is there, equal, and nothing comes twice."
+    wanted = {"train/loss", "train/grad_norm", "train/learning_rate", "train/tokens_per_second", "validation/perplexity"}
+    assert wanted <= tracked.numbers.keys()
+    assert [step for step, _ in tracked.numbers["train/loss"]] == list(range(1, 13))
+    for name, values in tracked.numbers.items():
+        assert name in read, name
+        mine = [(step, value) for step, value in read[name] if step > 0]  # step 0 was measured before the trainer began
+        assert [s for s, _ in mine] == [s for s, _ in values], name
+        assert [v for _, v in mine] == [v if exact else pytest.approx(v, rel=1e-6) for _, v in values], name
+    assert len(read["validation/loss"]) == len(tracked.numbers["validation/loss"]) + 1  # the untrained model's, at step 0
+    assert all(step > 0 for step, _ in read["system/cpu_percent"])
+    assert read["system/process_memory_bytes"][0][1] > 1e6
+
+
+def test_tensorboard(tracked: Tracked) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tracked.run_dir / "tensorboard" / "bot"), size_guidance={"scalars": 0, "tensors": 0}).Reload()
+    scalars = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    check_numbers(tracked, scalars, exact=False)  # TensorBoard keeps float32
+    texts = {tag: events.Tensors(tag) for tag in events.Tags()["tensors"]}
+    assert tracked.id in texts["run/text_summary"][0].tensor_proto.string_val[0].decode()
+    assert {"params/text_summary", "samples/text_summary", "artifact/bot/text_summary"} <= texts.keys()
+
+
+def mlflow_client(tracked: Tracked) -> Any:
+    from mlflow import MlflowClient
+
+    return MlflowClient(f"sqlite:///{tracked.folder / 'mlflow.db'}")
+
+
+def test_mlflow(tracked: Tracked) -> None:
+    client = mlflow_client(tracked)
+    [run] = client.search_runs([client.get_experiment_by_name("llmbot").experiment_id], f"tags.`llmbot.run_id` = '{tracked.id}'")
+    read = {name: sorted((m.step, m.value) for m in client.get_metric_history(run.info.run_id, name)) for name in run.data.metrics}
+    check_numbers(tracked, read)
+    assert run.info.run_name == "bot"
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics["train/loss"] == tracked.numbers["train/loss"][-1][1]
+    assert run.data.params["training.method"] == "sft"
+    assert run.data.params["facts.environment.versions.torch"]
+    assert "fingerprint" in run.data.params["facts.data"]
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    assert run.data.params.get("facts.git.commit", "") == commit
+    assert run.data.tags["artifact.bot"] == str(tracked.folder / "bot")
+    tables = [f.path for f in client.list_artifacts(run.info.run_id, "samples")]
+    assert tables == [f"samples/step-{step:08}.json" for step in (4, 8, 12)]
+    table = json.loads(Path(client.download_artifacts(run.info.run_id, tables[-1])).read_text())
+    assert table["columns"] == ["prompt", "answer"]
+    assert table["data"][0][0] == "red fish"
+    assert [f.path for f in client.list_artifacts(run.info.run_id, "config")] == ["config/config.yaml"]
+
+
+def leveldb_records(data: bytes) -> Iterator[bytes]:
+    "The records of a .wandb file: a LevelDB log of 32 KiB blocks, without the checks that its writer makes."
+    assert data[:4] == b":W&B"
+    position, parts = 7, []
+    while position + 7 <= len(data):
+        if 32768 - position % 32768 < 7:
+            position += 32768 - position % 32768
+            continue
+        _, length, kind = struct.unpack("<IHB", data[position : position + 7])
+        parts.append(data[position + 7 : position + 7 + length])
+        position += 7 + length
+        if kind in (1, 4):  # full, or the last part
+            yield b"".join(parts)
+            parts = []
+
+
+def wandb_history(path: Path) -> tuple[dict[str, list[tuple[int, float]]], list[Any]]:
+    from wandb.proto import wandb_internal_pb2 as pb
+
+    records = []
+    for data in leveldb_records(path.read_bytes()):
+        records.append(pb.Record())
+        records[-1].ParseFromString(data)
+    read: dict[str, list[tuple[int, float]]] = defaultdict(list)
+    for record in records:
+        if record.WhichOneof("record_type") == "history":
+            row = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+            step = row.get("_step", record.history.step.num)
+            for name, value in row.items():
+                if isinstance(value, int | float) and not name.startswith("_"):
+                    read[name].append((int(step), value))
+    return dict(read), records
+
+
+def test_wandb(tracked: Tracked) -> None:
+    [path] = (tracked.run_dir / "wandb").glob("offline-run-*/run-*.wandb")
+    assert path.name == f"run-{tracked.id}.wandb"
+    read, records = wandb_history(path)
+    check_numbers(tracked, read)
+    [run] = [record.run for record in records if record.WhichOneof("record_type") == "run"][:1]
+    assert (run.run_id, run.display_name, run.project, run.job_type) == (tracked.id, "bot", "llmbot", "sft")
+    assert any("samples" in str(record.history) for record in records if record.WhichOneof("record_type") == "history")
+    assert any(record.WhichOneof("record_type") == "artifact" or "artifact" in str(record.request) for record in records)
+
+
+def test_comet(tracked: Tracked) -> None:
+    [path] = (tracked.run_dir / "comet").glob("*.zip")
+    assert path.name == f"{tracked.id}.zip"
+    with zipfile.ZipFile(path) as archive:
+        messages = [json.loads(line) for line in archive.read("messages.json").decode().splitlines()]
+        names = archive.namelist()
+    read: dict[str, list[tuple[int, float]]] = defaultdict(list)
+    for message in messages:
+        if message["type"] == "metric_msg":
+            metric = message["payload"]["metric"]
+            read[metric["metricName"]].append((metric["step"], float(metric["metricValue"])))
+    check_numbers(tracked, read)
+    params = {m["payload"]["param"]["paramName"]: m["payload"]["param"]["paramValue"] for m in messages if m["type"] == "parameter_msg"}
+    assert params["training.method"] == "sft"
+    others = {m["payload"]["key"]: m["payload"]["value"] for m in messages if m["type"] == "log_other"}
+    assert (others["Name"], others["run_id"], others["artifact/bot"]) == ("bot", tracked.id, str(tracked.folder / "bot"))
+    assert len(names) > 3  # tables and the configuration
+
+
+def everything_in(path: Path) -> bytes:
+    "All bytes below a path, archives unpacked."
+    found = []
+    for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
+        found.append(file.read_bytes())
+        if file.suffix == ".zip" and file.stat().st_size > 100:
+            with zipfile.ZipFile(file) as archive:
+                found += [archive.read(name) for name in archive.namelist()]
+    return b"\n".join(found)
+
+
+def test_no_secret_reaches_a_tracker(tracked: Tracked) -> None:
+    "Planted in the environment, the configuration, an address and a prompt; the prompt itself does arrive."
+    places = [tracked.run_dir / name for name in ("tensorboard", "wandb", "comet", "tracking")]
+    kept = {place.name: everything_in(place) for place in [*places, tracked.folder / "mlflow.db", tracked.folder / "mlflow-artifacts"]}
+    for name, content in kept.items():
+        for where, secret in PLANTED.items():
+            assert secret.encode() not in content, f"the secret {where} is in {name}"
+    assert all(b"[hidden]" in kept[name] for name in ("tensorboard", "tracking", "mlflow-artifacts"))
+
+
+def test_nothing_waits(tracked: Tracked) -> None:
+    assert not [*(tracked.run_dir / "tracking").glob("unsent-*")]
+    steps = [call["step"] for call in read_calls(tracked.run_dir / "tracking" / "calls.jsonl") if "train/loss" in str(call["args"][0])]
+    assert steps == list(range(1, 13))
