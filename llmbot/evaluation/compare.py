@@ -164,6 +164,8 @@ def compare_bots(
     check_metrics(metrics, backend)
     if likely := [name for name in metrics if name in LIKELIHOOD]:
         raise ConfigError(f"{likely[0]} has no answers to compare row by row: see it for each bot with 'llmbot evaluate'")
+    if fixed := [name for name in metrics if not get_metric(name).resampled]:
+        raise ConfigError(f"{fixed[0]} counts repetitions, so its difference has no interval: see it for each bot with 'llmbot evaluate'")
     options: dict[str, Any] = {"config": config, "model": model, "backend": backend, "engine": engine, "max_rows": max_rows,
                                "batch_size": batch_size, "progress": progress}  # fmt: skip
     one = ask_questions(first, data, True, False, max_new_tokens=max_new_tokens, **options)

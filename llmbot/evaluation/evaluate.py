@@ -174,7 +174,8 @@ def _add_intervals(report: EvaluationReport, metrics: Sequence[str], asked: Aske
     "Intervals of what compares answers, and how they and the figures were computed."
     references = [q.reference for q in asked.questions]
     for metric in [get_metric(name) for name in metrics if name not in LIKELIHOOD]:
-        report.intervals[metric.name] = interval(metric, asked.answers, references)
+        if metric.resampled:
+            report.intervals[metric.name] = interval(metric, asked.answers, references)
         if metric.signature is not None:
             report.settings[f"{metric.name}_signature"] = metric.signature()
     if report.intervals:

@@ -90,7 +90,10 @@ def _lines(report: EvaluationReport) -> tuple[list[str], list[list[str]], str]:
         notes.append("in brackets: 95 % interval by resampling rows")
     if report.unfinished:
         notes.append(f"{report.unfinished} answers did not end within {report.settings['max_new_tokens']} tokens")
-    return ["", "rows", *names], body, "\n".join(notes)
+    header = ["", "rows", *names]
+    if len(names) > max(len(body), 3):  # more figures than a line holds: each gets a line
+        header, *body = map(list, zip(header, *body, strict=True))
+    return header, body, "\n".join(notes)
 
 
 def report_table(report: EvaluationReport) -> "Group":
@@ -102,7 +105,7 @@ def report_table(report: EvaluationReport) -> "Group":
     header, body, notes = _lines(report)
     table = Table(title=Text(f"Evaluation of {report.bot}"), title_justify="left")
     for name in header:
-        table.add_column(name, justify="right" if name else "left")
+        table.add_column(Text(name), justify="right" if name else "left", overflow="fold")
     for row in body:
         table.add_row(*map(Text, row))
     return Group(table, Text(notes, style="dim"))

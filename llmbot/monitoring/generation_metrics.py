@@ -75,13 +75,13 @@ def distinct(answers: Sequence[str], n: int) -> float:
     return len(set(runs)) / len(runs) if runs else 0.0
 
 
-@corpus_metric("distinct1")
+@corpus_metric("distinct1", resampled=False)
 def distinct1(answers: Sequence[str], references: Sequence[str]) -> float:
     "Different words as a share of all words of all answers."
     return distinct(answers, 1)
 
 
-@corpus_metric("distinct2")
+@corpus_metric("distinct2", resampled=False)
 def distinct2(answers: Sequence[str], references: Sequence[str]) -> float:
     "Different pairs of neighbouring words as a share of all pairs of all answers."
     return distinct(answers, 2)

@@ -34,6 +34,7 @@ class TextMetric:
     corpus: CorpusScore
     row: RowScore | None = None  # None for a metric that only makes sense over many rows
     signature: Callable[[], str] | None = None  # what was chosen in computing it, for the report
+    resampled: bool = True  # whether rows may be drawn twice; False for what counts repetitions, and so has no interval
 
 
 _metrics: dict[str, TextMetric] = {}
@@ -57,11 +58,14 @@ def row_metric(name: str) -> Callable[[RowScore], RowScore]:
     return register
 
 
-def corpus_metric(name: str) -> Callable[[CorpusScore], CorpusScore]:
+def corpus_metric(
+    name: str,
+    resampled: bool = True,  # as in `TextMetric`
+) -> Callable[[CorpusScore], CorpusScore]:
     "Decorator: register a score of all rows at once; its docstring is the description."
 
     def register(corpus: CorpusScore) -> CorpusScore:
-        _metrics[name] = TextMetric(name, _first_line(corpus), corpus)
+        _metrics[name] = TextMetric(name, _first_line(corpus), corpus, resampled=resampled)
         return corpus
 
     return register
