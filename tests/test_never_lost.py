@@ -332,6 +332,53 @@ def test_self_test_of_a_recipe(tmp_path: Path) -> None:
     assert seen.kills == 2
 
 
+UNSTEADY = """
+import random
+from llmbot.training.sft_trainer import SFT
+
+
+class Unsteady(SFT):
+    "A loss with noise that no seed sets."
+
+    name = "unsteady"
+
+    def build(self, run):
+        trainer, noise = super().build(run), random.SystemRandom()
+        loss = trainer.compute_loss
+        trainer.compute_loss = lambda *args, **more: loss(*args, **more) * (1 + noise.random())
+        return trainer
+
+
+class Forgetful(SFT):
+    "A loss that grows with the steps, which are counted in the process and not in its checkpoints."
+
+    name = "forgetful"
+
+    def build(self, run):
+        trainer, steps = super().build(run), []
+        loss = trainer.compute_loss
+        trainer.compute_loss = lambda *args, **more: loss(*args, **more) * (1 + len(steps.append(1) or steps) / 10)
+        return trainer
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "cause"), [("Unsteady", "no seed sets"), ("Forgetful", "its checkpoints do not hold")])
+def test_self_test_finds_a_method_that_does_not_keep_the_promise(tmp_path: Path, method: str, cause: str) -> None:
+    "On the command line: exit code 5, the losses that differ, and where to look."
+    (tmp_path / "unsteady.py").write_text(UNSTEADY)
+    path, _ = written(tmp_path, **{"training.method": f"unsteady:{method}"})
+    kills = {"Unsteady": "1", "Forgetful": "4"}[method]  # one alone may come before the first step, where nothing is lost
+    command = [sys.executable, "-m", "llmbot.app.cli", "train", str(path), "--self-test", "--kills", kills]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    said = " ".join(done.stdout.split())
+    assert done.returncode == TrainingError.exit_code, done.stderr
+    assert f"FAIL: {kills} kills" in said
+    assert "the loss of step" in said
+    assert cause in said
+    assert "Traceback" not in done.stderr
+
+
 def test_a_run_that_diverges_stops_with_a_diagnosis(tmp_path: Path) -> None:
     "Far too high a rate: the run ends, says where, keeps the rows, and no checkpoint has a weight that is no number."
     wild = {"training.learning_rate": 1e4, "training.max_grad_norm": 0, "training.optimizer": "sgd", "training.max_steps": 60}

@@ -112,11 +112,23 @@ class SelfTest:
     tensors: int = 0  # compared
     seconds: float = 0.0
     differences: list[str] = field(default_factory=list)  # empty when all is equal
+    steady: bool | None = None  # whether two runs in peace are equal; looked at only when there are differences
 
     @property
     def passed(self) -> bool:
         "Whether weights and losses are the same."
         return not self.differences
+
+    @property
+    def cause(self) -> str:
+        "Where to look for what makes the difference; empty when there is none."
+        if self.passed:
+            return ""
+        if self.steady:
+            return ("Two runs in peace are equal, so the run needs something that its checkpoints do not hold, such as a count that a "
+                    "method or callback keeps: save it with the state of the trainer (transformers' ExportableState).")
+        return ("Two runs in peace differ as well, so the run draws from something that no seed sets, or computes in another order each "
+                "time: draw from the random numbers of Python, NumPy or PyTorch, which are seeded and kept in checkpoints.")
 
 
 def kill_and_resume(
@@ -194,18 +206,22 @@ def self_test(
     found, started = SelfTest(steps=steps), time.monotonic()
     with tempfile.TemporaryDirectory(prefix="llmbot-self-test-") as place:
         recipes = []
-        for name in ("whole", "killed"):
+        for name in ("whole", "killed", "again"):
             home = Path(place, name)
             home.mkdir()
             short = short_recipe(cfg, home, steps)
             save_config(short, home / "recipe.yaml")
             recipes.append((home / "recipe.yaml", Path(short.training.output_dir)))
-        (whole, bot), (killed, resumed) = recipes
+        (whole, bot), (killed, resumed), (again, twin) = recipes
         start_child(whole, ready).join()
         seconds = to_the_end(whole)
         say(f"{steps} steps in peace took {seconds:.1f} s; now with {kills} kills")
         kill_and_resume(killed, seconds, kills, random.Random(seed), found)
         found.differences = list(differences(bot, resumed))
+        if found.differences:
+            say("something differs; now a second time in peace")
+            to_the_end(again)
+            found.steady = not any(differences(bot, twin))
         found.tensors = sum(len(list(safe_open(f, "pt").keys())) for f in bot.glob("*.safetensors"))
     found.seconds = time.monotonic() - started
     return found
