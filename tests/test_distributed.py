@@ -21,7 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from llmbot.core.config_io import load_config, save_config
 from llmbot.core.errors import TrainingError
-from llmbot.training.launch import run_directory
+from llmbot.training.launch import free_port, rank_environment, run_directory
 from llmbot.training.trainer import train
 
 ROOT = Path(__file__).parents[1]
@@ -253,6 +253,33 @@ def test_a_strategy_that_was_dropped_is_told(tmp_path: Path, chats: Path) -> Non
     _, err = finished(start(path, cwd=home), TrainingError.exit_code)
     assert err.count("asked for is 'fsdp', and Accelerate made it 'ddp'") == 1, err
     assert not list(home.glob("bot*"))
+
+
+MEETING = """
+from pathlib import Path
+from llmbot.core.processes import add_up, join_processes, leave_processes
+
+def speaking():
+    names = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
+    return [name for name in names if "gloo" in name or "tcpstore" in name]
+
+join_processes("cpu")
+assert add_up([1.0]) == [2.0]
+assert speaking(), "threads of a meeting have names of their own"
+leave_processes()
+assert not speaking(), speaking()
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted in /proc")
+def test_no_thread_outlives_the_meeting() -> None:
+    "A thread of C++ that still speaks to others when the interpreter ends would abort a run that is done."
+    port = free_port()
+    both = [
+        subprocess.Popen([sys.executable, "-c", MEETING], env=os.environ | ALONE | rank_environment(number, 2, port))
+        for number in range(2)
+    ]  # fmt: skip
+    assert [process.wait(timeout=120) for process in both] == [0, 0]
 
 
 def test_interrupted_run_stops_in_every_process(tmp_path: Path, chats: Path) -> None:

@@ -25,6 +25,7 @@ from ..core.bot import list_bots
 from ..core.config import Config, check_config
 from ..core.config_io import load_config
 from ..core.errors import DataError
+from ..core.processes import launched_processes, leave_at_once
 
 if TYPE_CHECKING:
     from llmbot.app.chat_repl import ChatSession
@@ -303,8 +304,13 @@ def main(
     "Run the command line and leave with its exit code."
     given = sys.argv[1:] if arguments is None else arguments
     quiet_libraries()
-    with one_message(debug="--debug" in given):
-        app(args=[a for a in given if a != "--debug"], prog_name="llmbot")
+    try:
+        with one_message(debug="--debug" in given):
+            app(args=[a for a in given if a != "--debug"], prog_name="llmbot")
+    except SystemExit as end:
+        if launched_processes() > 1 and isinstance(end.code, int) and end.code:
+            leave_at_once(end.code)
+        raise
 
 # %% ../../nbs/app/550_cli.ipynb #e3121646
 if __name__ == "__main__" and "__file__" in globals():

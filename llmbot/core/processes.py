@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['PATIENCE', 'BLANK', 'QUIET_FAILURES', 'launched_processes', 'world_size', 'rank', 'is_main', 'join_processes',
-           'leave_processes', 'wait_for_all', 'main_first', 'add_up', 'from_main', 'any_process', 'shared_out',
-           'ShareOfBatches', 'blank_row', 'WithBlank', 'share_of_stream', 'lost_the_others', 'record_failure']
+           'leave_processes', 'leave_at_once', 'wait_for_all', 'main_first', 'add_up', 'from_main', 'any_process',
+           'shared_out', 'ShareOfBatches', 'blank_row', 'WithBlank', 'share_of_stream', 'lost_the_others',
+           'record_failure']
 
 # %% ../../nbs/core/048_processes.ipynb #394fa931
+import gc
 import json
 import os
 import re
@@ -75,9 +77,22 @@ def join_processes(
 
 
 def leave_processes() -> None:
-    "End the meeting when all is done, so that no process is missed while it exits."
+    "End the meeting when all is done: wait for the others, and end the threads that speak to them before the interpreter goes."
+    global _waiting
     if dist := _group():
+        wait_for_all()
+        _waiting = None
         dist.destroy_process_group()
+        gc.collect()  # a group ends its threads when nobody holds it any more
+
+
+def leave_at_once(
+    exit_code: int,  # what a script should see
+) -> None:
+    "End one of several processes after a failure, without a farewell: the others may be gone, and threads still wait for them."
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)
 
 # %% ../../nbs/core/048_processes.ipynb #7ef1ef1b
 def wait_for_all() -> None:

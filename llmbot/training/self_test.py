@@ -130,7 +130,7 @@ class SelfTest:
         return ("Two runs in peace differ as well, so the run draws from something that no seed sets, or computes in another order each "
                 "time: draw from the random numbers of Python, NumPy or PyTorch, which are seeded and kept in checkpoints.")
 
-
+# %% ../../nbs/training/236_self_test.ipynb #6c6641a2
 def kill_and_resume(
     recipe: Path,  # YAML file
     seconds: float,  # that a run takes in peace
