@@ -95,7 +95,7 @@ def test_the_commands_are_there() -> None:
     assert {" ".join(c) for c in commands()} == {
         "quickstart", "train", "evaluate", "compare", "chat", "serve", "data inspect", "models list", "models show", "models verify",
         "models presets", "models merge", "plan", "lr-find", "data show-batch", "config show",
-        "config validate", "config schema", "config init", "export onnx", "verify"}
+        "config validate", "config schema", "config init", "export onnx", "tracking sync", "verify"}
 
 
 @pytest.mark.parametrize("command", commands(), ids=" ".join)

@@ -6,6 +6,8 @@ import signal
 import struct
 import subprocess
 import sys
+import time
+import urllib.request
 import zipfile
 from collections import defaultdict
 from collections.abc import Iterator
@@ -19,9 +21,12 @@ os.environ |= {"MLFLOW_DISABLE_TELEMETRY": "true", "WANDB_ERROR_REPORTING": "fal
 from rich.console import Console
 
 from llmbot.core.config_io import load_config
-from llmbot.monitoring.experiment_tracker import identity
+from llmbot.core.errors import TrainingError
+from llmbot.monitoring.experiment_tracker import identity, register_tracker
 from llmbot.monitoring.tracker_queue import read_calls
 from llmbot.training.callbacks import tracker_name
+from llmbot.training.launch import free_port
+from llmbot.training.run_tracking import send_again
 from llmbot.training.trainer import train
 
 QUIET = Console(quiet=True)
@@ -39,6 +44,7 @@ from rich.console import Console
 from transformers import TrainerCallback
 import llmbot.training.trainer as trainer
 from llmbot.core.config_io import load_config
+from llmbot.core.errors import TrainingError
 
 class Kill(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
@@ -254,3 +260,76 @@ def test_nothing_waits(tracked: Tracked) -> None:
     assert not [*(tracked.run_dir / "tracking").glob("unsent-*")]
     steps = [call["step"] for call in read_calls(tracked.run_dir / "tracking" / "calls.jsonl") if "train/loss" in str(call["args"][0])]
     assert steps == list(range(1, 13))
+
+
+class Down:
+    "A tracker whose server is away until `up` is set."
+
+    replays, up = False, False
+    seen: list[int] = []
+
+    def __init__(self, run: Any, settings: None) -> None: ...
+    def start(self) -> None:
+        if not self.up:
+            raise ConnectionError("no network")
+
+    def log_params(self, params: Any) -> None: ...
+    def log_table(self, *args: Any) -> None: ...
+    def log_artifact(self, *args: Any) -> None: ...
+    def log_metrics(self, metrics: dict[str, float], step: int, time: float) -> None:
+        if "train/loss" in metrics:
+            self.seen.append(step)
+
+    def finish(self) -> None: ...
+
+
+def test_what_a_tracker_did_not_take_is_sent_later(tmp_path: Path) -> None:
+    register_tracker("down")(Down)
+    given = overrides(tmp_path, "bot", **{"monitoring.trackers": "[down]", "training.max_steps": 3})
+    with pytest.warns(UserWarning, match="training goes on") as warned:
+        train(load_config(None, given, env={}), console=QUIET)
+    assert len([w for w in warned if "Tracker 'down'" in str(w.message)]) == 1
+    waiting = read_calls(tmp_path / "bot.run" / "tracking" / "unsent-down.jsonl")
+    assert [call["step"] for call in waiting if "train/loss" in str(call["args"][0])] == [1, 2, 3]
+    Down.up = True
+    assert send_again(tmp_path / "bot.run") == {"down": (len(waiting), 0)}
+    assert Down.seen == [1, 2, 3]
+    assert send_again(tmp_path / "bot.run") == {}
+    with pytest.raises(TrainingError, match="no run that trackers know"):
+        send_again(tmp_path)
+
+
+def answer_of(command: list[str], url: str, folder: Path) -> str:
+    "What a server answers, once it is up."
+    server = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        for _ in range(1200):
+            assert server.poll() is None, "the server ended"
+            try:
+                with urllib.request.urlopen(url, timeout=10) as response:
+                    return response.read().decode()
+            except OSError:
+                time.sleep(0.1)
+        raise AssertionError("the server did not come up")
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(30)
+
+
+def test_tensorboard_serves_the_run(tracked: Tracked) -> None:
+    port = free_port()
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(tracked.run_dir / "tensorboard"), "--port", str(port)]
+    command += ["--host", "127.0.0.1", "--load_fast=false"]
+    url = f"http://127.0.0.1:{port}/data/plugin/scalars/scalars?run=bot&tag=train%2Floss"
+    points = json.loads(answer_of(command, url, tracked.folder))
+    assert [int(step) for _, step, _ in points] == list(range(1, 13))
+
+
+def test_mlflow_serves_the_run(tracked: Tracked) -> None:
+    port, client = free_port(), mlflow_client(tracked)
+    [run] = client.search_runs([client.get_experiment_by_name("llmbot").experiment_id], f"tags.`llmbot.run_id` = '{tracked.id}'")
+    command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", f"sqlite:///{tracked.folder / 'mlflow.db'}"]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    url = f"http://127.0.0.1:{port}/api/2.0/mlflow/metrics/get-history?run_id={run.info.run_id}&metric_key=train/loss"
+    history = json.loads(answer_of(command, url, tracked.folder))["metrics"]
+    assert sorted((int(m["step"]), m["value"]) for m in history) == tracked.numbers["train/loss"]

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import llmbot
-from . import cli_bots, cli_config, cli_export, cli_training, cli_verify
+from . import cli_bots, cli_config, cli_export, cli_tracking, cli_training, cli_verify
 from .cli_config import Arguments, AsJson, read_arguments
 from .console import emit, one_message, only_json, say, terminal, visible
 from ..core.bot import list_bots
@@ -40,6 +40,7 @@ app.add_typer(cli_training.app)
 app.add_typer(cli_bots.app)
 app.add_typer(cli_config.app)
 app.add_typer(cli_export.app)
+app.add_typer(cli_tracking.app)
 app.add_typer(cli_verify.app)
 app.add_typer(data_app)
 

@@ -29,7 +29,7 @@ from .tracker_queue import Call, Courier, append_calls, read_calls, write_calls
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# %% ../../nbs/monitoring/102_experiment_tracker.ipynb #788af05a
+# %% ../../nbs/monitoring/102_experiment_tracker.ipynb #b0b8bef4
 TRACKING = "tracking"  # directory beside the run: who it is, what was recorded, what could not be sent
 
 
@@ -111,7 +111,7 @@ TRACKERS: dict[str, TrackerFactory | str] = {  # name -> class, or MODULE:CLASS 
     for name, cls in (("tensorboard", "TensorBoard"), ("mlflow", "MLflow"), ("wandb", "Wandb"), ("comet", "Comet"))
 }
 
-# %% ../../nbs/monitoring/102_experiment_tracker.ipynb #1eed8857
+# %% ../../nbs/monitoring/102_experiment_tracker.ipynb #ca320636
 def register_tracker(
     name: str,  # as written in `monitoring.trackers`
 ) -> Callable[[TrackerFactory], TrackerFactory]:  # a decorator
@@ -147,7 +147,7 @@ def check_trackers(
         if check := getattr(find_tracker(name), "check", None):
             check()
 
-# %% ../../nbs/monitoring/102_experiment_tracker.ipynb #aa6742c1
+# %% ../../nbs/monitoring/102_experiment_tracker.ipynb #65e3e644
 class Journal:
     "What a run has recorded so far, in a file beside it."
 
@@ -169,7 +169,7 @@ class Journal:
         write_calls(self.path, kept)
         return kept, last
 
-# %% ../../nbs/monitoring/102_experiment_tracker.ipynb #ff8c6c81
+# %% ../../nbs/monitoring/102_experiment_tracker.ipynb #7c10da40
 def clean_copy(
     path: Path,  # file or directory
     target: Path,  # must not exist
@@ -238,7 +238,7 @@ class Recorder:
             path = clean_copy(Path(path), target, self.redactor)
         self.record("log_artifact", [name, str(Path(path).resolve()), copy], None)
 
-# %% ../../nbs/monitoring/102_experiment_tracker.ipynb #d6820b39
+# %% ../../nbs/monitoring/102_experiment_tracker.ipynb #3b30e5ca
 def put_aside(
     path: Path,  # a record that a new one replaces
     place: Path,  # directory for such records
@@ -266,12 +266,13 @@ def prepare(
     last: int,  # the last step that had been recorded
 ) -> int:  # the last step that the tracker must not be sent again
     "Make what waits for a tracker agree with the step at which a run goes on."
-    if not tracker.replays:
-        return last
-    courier.backlog.replace(kept)
-    return -1
+    waiting = courier.backlog
+    again = kept if tracker.replays else [*read_calls(waiting.refused), *read_calls(waiting.path)]
+    waiting.replace(again)
+    waiting.refused.unlink(missing_ok=True)
+    return -1 if tracker.replays else last
 
-# %% ../../nbs/monitoring/102_experiment_tracker.ipynb #697cec69
+# %% ../../nbs/monitoring/102_experiment_tracker.ipynb #80e4a2e7
 class Recording(Recorder):
     "How a `TrackerGroup` takes a call: written down at once, and passed on when the group has begun."
 
@@ -293,7 +294,7 @@ class Recording(Recorder):
             if call["step"] is None or call["step"] > self._had[name]:
                 courier.put(call)
 
-# %% ../../nbs/monitoring/102_experiment_tracker.ipynb #b36ad157
+# %% ../../nbs/monitoring/102_experiment_tracker.ipynb #20f73ecb
 class TrackerGroup(Recording):
     "Passes every call on to all its trackers, without secrets and without waiting for any of them."
 
