@@ -7,7 +7,7 @@ __all__ = ['MANIFEST', 'CARD', 'SCHEMA_VERSION', 'ADAPTER_CONFIG', 'ADAPTER_WEIG
            'EXPORT_METHOD', 'PICKLE_SUFFIXES', 'Manifest', 'package_versions', 'hardware_info', 'file_digest',
            'hash_files', 'bot_digest', 'is_adapter', 'is_export', 'is_bot', 'storage_error', 'check_destination',
            'flush_to_disk', 'bot_writer', 'write_manifest', 'read_manifest', 'model_card', 'verify_bot', 'Reference',
-           'bots_directory', 'list_bots', 'resolve_reference', 'check_bot_files']
+           'bots_directory', 'list_bots', 'resolve_reference', 'same_bots', 'check_bot_files']
 
 # %% ../../nbs/core/012_bot.ipynb #47f27738
 import hashlib
@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .errors import BotError, storage_reason
+from .registry_layout import find_version, places_with_digest, registered_names, registry_directory
 
 # %% ../../nbs/core/012_bot.ipynb #1f47d6f6
 MANIFEST = "llmbot.json"
@@ -321,6 +322,7 @@ class Reference:
     kind: Literal["path", "hub"]
     location: str  # a directory, or a hub id such as `Qwen/Qwen3-0.6B`
     name: str  # short name for people, for model lists and for file names
+    version: str | None = None  # such as `support-bot@3`, where it was found in the registry: this never means another bot
 
 
 def bots_directory() -> Path:
@@ -340,7 +342,7 @@ def list_bots(
 
 
 def resolve_reference(
-    ref: str | Path,  # path, name or `hf:org/model`
+    ref: str | Path,  # path, name, `name@version`, `name@alias` or `hf:org/model`
     bots_dir: str | Path | None = None,  # where names are looked up; None for `bots_directory()`
 ) -> Reference:  # where it is
     "Turn a bot reference into a place. Raises `BotError` with the nearest names when there is none."
@@ -358,11 +360,24 @@ def resolve_reference(
             return Reference("path", str(candidate), candidate.resolve().name)
     if path.is_file():
         raise BotError(f"{text} is a file. A bot is a directory with config.json, safetensors weights and a tokenizer.")
-    names = [p.name for p in list_bots(root)]
+    if "/" not in text and ("@" in text or text in registered_names(registry_directory())):
+        place = find_version(text)
+        return Reference("path", str(place.directory), text, str(place))
+    names = [p.name for p in list_bots(root)] + registered_names(registry_directory())
     near = get_close_matches(text, names, n=1)
     known = f"Bots in {root}: {', '.join(names)}." if names else f"There are no bots in {root} yet."
     hint = f"Did you mean '{near[0]}'?" if near else known
     raise BotError(f"No bot at '{text}'. {hint} A model of the Hugging Face hub is written hf:org/name.")
+
+# %% ../../nbs/core/012_bot.ipynb #6ed58a59
+def same_bots(
+    places: list[Path],  # where a bot may lie; the first come first
+    wanted: str | None,  # its `bot_digest`, where it is known
+) -> dict[Path, str]:  # directory -> its digest
+    "The bots that are there, and those of the registry that have the digest wanted."
+    there = dict.fromkeys(p.resolve() for p in places if p.is_dir())
+    registered = dict.fromkeys(place.directory.resolve() for place in places_with_digest(wanted))
+    return {place: bot_digest(place) for place in there | registered}
 
 # %% ../../nbs/core/012_bot.ipynb #c27cdddd
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")

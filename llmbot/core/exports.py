@@ -8,7 +8,7 @@ __all__ = ['find_parent', 'refuse_export']
 # %% ../../nbs/core/013_exports.ipynb #77b3d43c
 from pathlib import Path
 
-from .bot import Reference, bot_digest, bots_directory, is_export, read_manifest, resolve_reference
+from .bot import Reference, bots_directory, is_export, read_manifest, resolve_reference, same_bots
 from .errors import BotError
 
 # %% ../../nbs/core/013_exports.ipynb #94d38181
@@ -24,8 +24,7 @@ def find_parent(
     if parent.startswith("hf:"):
         return resolve_reference(parent)
     places = [root / parent, Path(parent), bots_directory() / parent, root.resolve().parent / Path(parent).name]
-    there = list(dict.fromkeys(p.resolve() for p in places if p.is_dir() and p.resolve() != root.resolve()))
-    digests = {place: bot_digest(place) for place in there}
+    digests = same_bots([p for p in places if p.resolve() != root.resolve()], wanted)
     for place, digest in digests.items():
         if digest == wanted:
             return resolve_reference(place)

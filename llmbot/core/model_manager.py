@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .architectures import describe_model, new_model, pick_device, pick_dtype, quantized, train_tokenizer
-from .bot import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Manifest, Reference, bot_digest, bot_writer, bots_directory
-from .bot import is_adapter, read_manifest, resolve_reference, write_manifest
+from .bot import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Manifest, Reference, bot_writer, bots_directory, is_adapter
+from .bot import read_manifest, resolve_reference, same_bots, write_manifest
 from .chat import ChatFormat
 from .errors import BotError
 from .exports import refuse_export
@@ -139,7 +139,7 @@ def adapter_settings(
 def find_base(
     directory: Path,  # an adapter's directory
 ) -> Reference:  # of the base with the right digest
-    """Where an adapter's base lies: relative to the adapter, as it was named in training, or beside it under its name.
+    """Where an adapter's base lies: relative to the adapter, as it was named in training, beside it under its name, or in the registry.
 
     Raises `BotError` that names both digests when there is only another base than the one it was trained on.
     """
@@ -148,8 +148,9 @@ def find_base(
     if (parent or "").startswith("hf:"):
         return resolve_reference(str(parent))
     places = [directory / base, Path(parent or base), bots_directory() / (parent or base), directory.resolve().parent / Path(base).name]
-    there = list(dict.fromkeys(p.resolve() for p in places if p.is_dir() and p.resolve() != directory.resolve()))
-    digests = {place: bot_digest(place) for place in there} if wanted else {}
+    places = [p.resolve() for p in places if p.is_dir() and p.resolve() != directory.resolve()]
+    digests = same_bots(places, wanted) if wanted else {}
+    there = list(digests) or places
     for place in there:
         if wanted is None or digests[place] == wanted:
             return resolve_reference(place)
