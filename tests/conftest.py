@@ -1,6 +1,7 @@
 """Shared fixtures: real material when it lies beside the repository, and offline hub access always."""
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models on a busy machine: threads would wait for each other
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["LLMBOT_REGISTRY"] = tempfile.mkdtemp(prefix="registry-")  # never the one of the person who runs the tests
 ROOT = Path(__file__).parents[1]
 
 

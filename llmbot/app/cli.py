@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import llmbot
-from . import cli_bots, cli_config, cli_export, cli_tracking, cli_training, cli_verify
+from . import cli_config, cli_export, cli_models, cli_tracking, cli_training, cli_verify
 from .cli_config import Arguments, AsJson, read_arguments
 from .console import emit, one_message, only_json, say, terminal, visible
 from ..core.bot import list_bots
@@ -37,7 +37,7 @@ app = typer.Typer(name="llmbot", no_args_is_help=True, pretty_exceptions_enable=
                   epilog="Exit codes: 2 configuration, 3 data, 4 bot, 5 training, 6 serving, 130 stopped by Ctrl-C, 143 by SIGTERM.")
 data_app = typer.Typer(name="data", help="Look at your data before you train.", no_args_is_help=True)
 app.add_typer(cli_training.app)
-app.add_typer(cli_bots.app)
+app.add_typer(cli_models.app)  # those of cli_bots are among them
 app.add_typer(cli_config.app)
 app.add_typer(cli_export.app)
 app.add_typer(cli_tracking.app)
