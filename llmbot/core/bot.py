@@ -7,7 +7,7 @@ __all__ = ['MANIFEST', 'CARD', 'SCHEMA_VERSION', 'ADAPTER_CONFIG', 'ADAPTER_WEIG
            'EXPORT_METHOD', 'PICKLE_SUFFIXES', 'Manifest', 'package_versions', 'hardware_info', 'file_digest',
            'hash_files', 'bot_digest', 'is_adapter', 'is_export', 'is_bot', 'storage_error', 'check_destination',
            'flush_to_disk', 'bot_writer', 'write_manifest', 'read_manifest', 'model_card', 'verify_bot', 'Reference',
-           'bots_directory', 'list_bots', 'resolve_reference', 'same_bots', 'check_bot_files']
+           'bots_directory', 'list_bots', 'resolve_reference', 'check_bot_files']
 
 # %% ../../nbs/core/012_bot.ipynb #47f27738
 import hashlib
@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .errors import BotError, storage_reason
-from .registry_layout import find_version, places_with_digest, registered_names, registry_directory
+from .registry_layout import find_version, registered_names, registry_directory
 
 # %% ../../nbs/core/012_bot.ipynb #1f47d6f6
 MANIFEST = "llmbot.json"
@@ -368,16 +368,6 @@ def resolve_reference(
     known = f"Bots in {root}: {', '.join(names)}." if names else f"There are no bots in {root} yet."
     hint = f"Did you mean '{near[0]}'?" if near else known
     raise BotError(f"No bot at '{text}'. {hint} A model of the Hugging Face hub is written hf:org/name.")
-
-# %% ../../nbs/core/012_bot.ipynb #6ed58a59
-def same_bots(
-    places: list[Path],  # where a bot may lie; the first come first
-    wanted: str | None,  # its `bot_digest`, where it is known
-) -> dict[Path, str]:  # directory -> its digest
-    "The bots that are there, and those of the registry that have the digest wanted."
-    there = dict.fromkeys(p.resolve() for p in places if p.is_dir())
-    registered = dict.fromkeys(place.directory.resolve() for place in places_with_digest(wanted))
-    return {place: bot_digest(place) for place in there | registered}
 
 # %% ../../nbs/core/012_bot.ipynb #c27cdddd
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")

@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any
 
 from .architectures import describe_model, new_model, pick_device, pick_dtype, quantized, train_tokenizer
 from .bot import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Manifest, Reference, bot_writer, bots_directory, is_adapter
-from .bot import read_manifest, resolve_reference, same_bots, write_manifest
+from .bot import read_manifest, resolve_reference, write_manifest
 from .chat import ChatFormat
 from .errors import BotError
-from .exports import refuse_export
+from .exports import refuse_export, same_bots
 
 if TYPE_CHECKING:
     import torch

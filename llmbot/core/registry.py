@@ -170,7 +170,7 @@ def stage_files(
     flush_to_disk(dest)
     return all_files(dest)
 
-
+# %% ../../nbs/core/060_registry.ipynb #c7516d8b
 def check_source(
     source: Path,  # a bot
 ) -> tuple[Manifest | None, bool]:  # what it says of itself, and whether it needs its parent to run
@@ -226,7 +226,7 @@ def register(
     except OSError as exc:
         raise storage_error(exc, root) from exc
 
-
+# %% ../../nbs/core/060_registry.ipynb #9f9dee2f
 def commit(
     root: Path,  # a registry, locked
     work: Path,  # the files

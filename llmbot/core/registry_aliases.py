@@ -45,7 +45,7 @@ def figure(
         raise BotError(f"its metric '{names[0]}' has no {'interval' if end else 'figure'} to compare.")
     return float(value)
 
-
+# %% ../../nbs/core/061_registry_aliases.ipynb #27d4fbf0
 def failed_gates(
     metrics: dict[str, Any],  # of a manifest
     gates: Sequence[str],  # METRIC>=NUMBER
@@ -106,7 +106,7 @@ def promote(
         move(root, place.name, alias, place.number, "promote")
     return place
 
-
+# %% ../../nbs/core/061_registry_aliases.ipynb #460befe5
 def remove_alias(
     name: str,  # of the bot
     alias: str,
