@@ -12,7 +12,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, SecretStr, model_validator
 from pydantic.dataclasses import dataclass
 
 from .own_settings import METHOD_SETTINGS, OWN_SETTINGS, section_conflicts, tracker_conflicts
@@ -171,6 +171,10 @@ class MonitoringConfig:
     sample_steps: Size | None = Field(default=None, description="Steps between two such samples; unset: at each evaluation")
     resource_interval_s: Annotated[float, Field(ge=0.1)] | None = Field(
         default=10, description="Seconds between two readings of CPU, memory, disk and GPUs; null: none are taken")
+    log_format: Literal["text", "json"] = Field(default="text", description="How the server logs: lines to read, or one JSON object each")
+    log_prompts: bool = Field(default=False, description="Also log what is asked and answered; off: no text of a user's is logged")
+    error_log: Name | None = Field(default=None, description="File that errors are added to as lines of JSON; unset: none is written")
+    sentry_dsn: SecretStr | None = Field(default=None, description="Sentry project that errors are reported to; unset: none is")
     metrics: Names = Field(default_factory=list, description="Prometheus metrics of one's own: MODULE:FUNCTION, with @metric above it")
     metrics_access: Literal["key", "open", "admin", "off"] = Field(
         default="key", description="Who may read /metrics: whoever has a key where one is asked for; anybody; the administrator; nobody")

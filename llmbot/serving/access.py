@@ -24,6 +24,7 @@ from ..core.config import ServingConfig
 from ..core.errors import ConfigError
 from ..core.serving_config import is_loopback
 from ..core.settings import without_login
+from ..monitoring.logs import note
 from .http_guard import error_response, logger
 from .sampling_params import RequestError
 
@@ -182,6 +183,7 @@ class Doorkeeper:
             given = headers.get("authorization")
             message = "the API key is wrong" if given else "there is no API key; send it as 'Authorization: Bearer KEY'"
             return await needs_key(message)(scope, receive, send)
+        note(key=key.name if key else "")
         scope.setdefault("state", {}).update(key=key.name if key else "", admin=key is not None and key.admin)
         if key is None or is_open or self._limits is None:
             return await self.app(scope, receive, send)

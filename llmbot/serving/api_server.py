@@ -23,6 +23,7 @@ from ..core.config import Config, ServingConfig
 from ..core.config_io import LiveConfig
 from ..core.errors import ConfigError, ServingError
 from ..core.serving_config import is_loopback
+from ..monitoring.logs import JsonFormatter
 from .access import LIMIT_HEADERS, Doorkeeper, Keys, RateLimits
 from .admin_api import admin_router
 from .bot_api import bot_router
@@ -109,15 +110,17 @@ def listen(
     shown = f"[{host}]" if ":" in host else host
     return sock, f"http://{shown}:{sock.getsockname()[1]}"
 
-
-def _uvicorn(app: FastAPI, serving: ServingConfig, grace_s: float, own_log: bool) -> Any:
+# %% ../../nbs/serving/390_api_server.ipynb #3e300658
+def _uvicorn(app: FastAPI, cfg: Config, grace_s: float, own_log: bool) -> Any:
     "A uvicorn server that logs as we do: one line a request, without its query."
     import uvicorn
     from uvicorn.config import LOGGING_CONFIG
 
     from llmbot.serving.slow_headers import PatientlyBounded
 
-    log: dict[str, Any] = copy.deepcopy(LOGGING_CONFIG)
+    serving, log = cfg.serving, dict[str, Any](copy.deepcopy(LOGGING_CONFIG))
+    if cfg.monitoring.log_format == "json":
+        log["formatters"]["default"] = {"()": JsonFormatter}
     log["loggers"]["llmbot"] = {"handlers": ["default"], "level": serving.log_level.upper(), "propagate": False}
     config = uvicorn.Config(
         app,
@@ -154,7 +157,7 @@ def serve(
         await _prepare(app)  # here, where its error is ours and not a line in uvicorn's log
         if on_ready:
             on_ready(url)
-        await _uvicorn(app, bots.serving, grace_s, own_log=True).serve([sock])
+        await _uvicorn(app, bots.live.current, grace_s, own_log=True).serve([sock])
 
     with sock, contextlib.suppress(KeyboardInterrupt):
         asyncio.run(main())
@@ -169,7 +172,7 @@ def running_server(
     app = create_app(cfg)
     bots = app.state.server.bots
     sock, url = listen(bots.serving)
-    server, ready = _uvicorn(app, bots.serving, grace_s, own_log=False), concurrent.futures.Future[str]()
+    server, ready = _uvicorn(app, bots.live.current, grace_s, own_log=False), concurrent.futures.Future[str]()
 
     async def main() -> None:
         try:

@@ -146,7 +146,7 @@ async def next_token(engine: Engine, leash: Leash, step: Callable[[], Awaitable[
     try:
         return await engine.pulse.next(leash, step)
     except EngineDeadError as exc:
-        fail(engine, f"has crashed: {exc}")
+        fail(engine, f"has crashed: {exc}", exc)
         raise engine.down() from exc
 
 # %% ../../nbs/serving/353_engine.ipynb #6dd77eac
@@ -161,11 +161,11 @@ async def watch(engine: Engine) -> None:
                  "(serving.stall_timeout_s)")
 
 
-def fail(engine: Engine, reason: str) -> None:
+def fail(engine: Engine, reason: str, error: BaseException | None = None) -> None:
     "Take the backend out of service, end its requests, and have a new one started."
     if engine.backend is None:
         return  # another request has told already
-    logger.error("the engine of '%s' %s", engine.name, reason)
+    logger.error("the engine of '%s' %s", engine.name, reason, exc_info=error)
     broken, engine.backend = engine.backend, None
     engine.adapters, engine.state, engine.reason = {}, "restarting", reason
     engine.users.end(engine.down())

@@ -65,6 +65,7 @@ class Stats(BaseModel):
     models: dict[str, dict[str, Any]] = Field(description="Each bot: requests, tokens, errors by code, times, tokens per second")
     resources: dict[str, float] = Field(description="The newest reading of the machine; empty before the first")
     custom: dict[str, Any] = Field(description="Metrics of one's own")
+    exceptions: dict[str, Any] = Field(description="Errors of the server itself, grouped, without anybody's text")
 
 # %% ../../nbs/serving/382_status_api.ipynb #4e683fd1
 def model_infos(
