@@ -6,18 +6,24 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 from tiny_bots import make_bot
 
 from llmbot.core.bot import Manifest, bot_digest, read_manifest, resolve_reference, write_manifest
+from llmbot.core.config import Config, ModelConfig, ServingConfig
 from llmbot.core.errors import BotError
 from llmbot.core.model_manager import find_base, load_bot
 from llmbot.core.registry import delete_version, gc, read_record, register, verify_registry
 from llmbot.core.registry_aliases import promote
 from llmbot.core.registry_layout import find_version, read_aliases, version_places
+from llmbot.serving.api_server import running_server
 
 
 def fake_bot(folder: Path, content: str = "x", **facts: object) -> Path:
@@ -27,6 +33,21 @@ def fake_bot(folder: Path, content: str = "x", **facts: object) -> Path:
     (folder / "model.safetensors").write_text(content)
     write_manifest(folder, Manifest(folder.name, **facts))  # type: ignore[arg-type]
     return folder
+
+
+def wait_until(true: Callable[[], bool], within_s: float = 60) -> None:
+    end = time.monotonic() + within_s
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def expected_text(bot: Path, asked: dict[str, Any]) -> str:
+    "What transformers' own `generate` says."
+    loaded = load_bot(bot, device="cpu")
+    ids = loaded.tokenizer(asked["prompt"], return_tensors="pt").input_ids
+    made = loaded.model.generate(ids, do_sample=False, max_new_tokens=asked["max_tokens"], min_new_tokens=asked["max_tokens"])
+    return str(loaded.chat.decode(made[0, ids.shape[1] :].tolist()))
 
 
 def start(code: str, *arguments: object) -> "subprocess.Popen[str]":
@@ -149,3 +170,50 @@ def test_bad_input_ends_in_one_clear_error(tmp_path: Path, arguments: list[str],
     assert said in done.stderr
     assert done.stderr.count("error:") == 1
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.server
+def test_an_alias_moves_under_load_without_a_failed_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    "What is asked before the swap is answered by the old version, what is asked after it by the new one."
+    monkeypatch.setenv("LLMBOT_REGISTRY", str(tmp_path / "registry"))
+    for seed in (1, 2):
+        register(make_bot(tmp_path / str(seed), "helper", seed=seed))
+    promote("helper@1")
+    asked = {"model": "helper@production", "prompt": "What is 12 + 30?", "max_tokens": 12, "temperature": 0, "ignore_eos": True}
+    expected = [expected_text(find_version(f"helper@{number}").directory, asked) for number in (1, 2)]
+    assert expected[0] != expected[1]
+    serving = ServingConfig(models=["helper@production"], port=0, admin_token="key-of-admins", token="key-of-users")
+    said: list[tuple[int, str]] = []
+    with running_server(Config(model=ModelConfig(device="cpu"), serving=serving)) as url:
+
+        def ask(client: httpx.Client) -> None:
+            answer = client.post("/v1/completions", json=asked)
+            said.append((answer.status_code, answer.json()["choices"][0]["text"] if answer.is_success else answer.text))
+
+        def ask_on() -> None:
+            with httpx.Client(base_url=url, headers={"Authorization": "Bearer key-of-users"}, timeout=60) as client:
+                while not stop.is_set():
+                    ask(client)
+
+        stop, threads = threading.Event(), [threading.Thread(target=ask_on) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        wait_until(lambda: len(said) > 8)
+        promote("helper@2")
+        admin = httpx.Client(base_url=url, headers={"Authorization": "Bearer key-of-admins"}, timeout=60)
+        assert admin.post("/admin/models/helper@production/unload").is_success  # loaded again, it is the version that it was
+        again = len(said)
+        wait_until(lambda: len(said) > again + 8)
+        before = len(said)
+        moved = admin.post("/admin/models", json={"reference": "helper@production", "replace": True})
+        after = len(said)
+        wait_until(lambda: len(said) > after + 8)
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert moved.status_code == 200, moved.text
+    assert {status for status, _ in said} == {200}, said
+    texts = [text for _, text in said]
+    assert set(texts[:before]) == {expected[0]}
+    assert set(texts) == set(expected)
+    assert texts[-1] == expected[1]

@@ -176,8 +176,9 @@ class Hosting:
 # %% ../../nbs/serving/355_hosting.ipynb #af1f0896
 def make_bot(hosting: Hosting, ref: str) -> HostedBot:
     "A bot that is not loaded, and not among the others yet. Raises `BotError` when there is none."
-    name = resolve_reference(ref).name
-    return HostedBot(name, ref, Engine(name, ref, hosting.live, hosting.policy), hosting)
+    found = resolve_reference(ref)
+    pinned = found.version or ref  # an alias may move while the engine is unloaded or starts again
+    return HostedBot(found.name, pinned, Engine(found.name, pinned, hosting.live, hosting.policy), hosting)
 
 
 def make_adapter(hosting: Hosting, ref: str) -> HostedBot:
@@ -188,7 +189,7 @@ def make_adapter(hosting: Hosting, ref: str) -> HostedBot:
     name = reference.name
     while name in taken:  # an older one of this name may still be in use
         name += "+"
-    return HostedBot(reference.name, ref, parent.engine, hosting, name)
+    return HostedBot(reference.name, reference.version or ref, parent.engine, hosting, name)
 
 
 def add_bot(hosting: Hosting, bot: HostedBot) -> None:
@@ -203,12 +204,13 @@ def add_bot(hosting: Hosting, bot: HostedBot) -> None:
 @asynccontextmanager
 async def lease(bot: HostedBot, leash: Leash) -> AsyncIterator[Backend]:
     "A bot's backend for one request; it is not unloaded before the end of the block. Raises what loading raises."
-    backend = await leash.hold(lambda: bot.hosting.load(bot))
-    with bot.users.hold(leash), bot.engine.users.hold(leash):
-        try:
-            yield backend
-        finally:
-            bot.engine.last_used = asyncio.get_running_loop().time()
+    with bot.users.hold(leash):  # from now on it is not dismissed
+        backend = await leash.hold(lambda: bot.hosting.load(bot))
+        with bot.engine.users.hold(leash):
+            try:
+                yield backend
+            finally:
+                bot.engine.last_used = asyncio.get_running_loop().time()
 
 # %% ../../nbs/serving/355_hosting.ipynb #77fff7f4
 async def host(
@@ -221,7 +223,7 @@ async def host(
     try:
         bot = await asyncio.to_thread(make_adapter if adapter else make_bot, hosting, ref)
         old = hosting.by_name.get(bot.name)
-        if old is not None and old.reference == ref and bool(old.adapter) == adapter and not replace:
+        if old is not None and old.reference == bot.reference and bool(old.adapter) == adapter and not replace:
             await old.load()
             return old
         check_place(old, bot, replace)
@@ -270,7 +272,8 @@ def adapters_of(bot: HostedBot) -> list[str]:
 
 
 async def dismiss(bot: HostedBot) -> None:
-    "Unload one that can be asked for no more."
+    "Unload one that can be asked for no more, once the requests that had asked for it are complete."
+    await bot.users.gone()
     bot.removed = True
     await bot.unload()
     if bot.adapter is None:
