@@ -82,7 +82,8 @@ NEEDS: dict[str, dict[str, Any]] = {  # settings that mean something only beside
     "model.quantization": {"model.base": "a", "training.method": "lora"}, "training.early_stopping_patience": {"training.eval_steps": 5},
     "training.keep_best": {"training.eval_steps": 5}, "training.group_by_length": {"training.packing": False},
     "training.max_tokens_per_batch": {"training.packing": False}, "serving.rate_limit_storage": {"serving.rate_limit": "60/minute"}}
-LIKELY: dict[str, list[Any]] = {"model.head_dim": [32, 64], "serving.host": ["localhost", "::1"], "data.weights": [[1, 0.5]]}
+LIKELY: dict[str, list[Any]] = {"model.head_dim": [32, 64], "serving.host": ["localhost", "::1"], "data.weights": [[1, 0.5]],
+                                "monitoring.log_format": ["json"]}
 
 
 @st.composite
@@ -135,7 +136,7 @@ def test_round_trip_reaches_every_setting() -> None:
     "The strategy above is worth something only if it changes every setting at some time."
     touched: set[str] = set()
 
-    @settings(max_examples=1000, deadline=None, derandomize=True, database=None)
+    @settings(max_examples=2000, deadline=None, derandomize=True, database=None)
     @given(cfg=configs())
     def collect(cfg: Config) -> None:
         for key, setting in all_settings().items():

@@ -284,4 +284,4 @@ def test_fewer_bits_answer_in_a_batch_as_one_at_a_time(bot: LoadedBot, weights: 
             logits = model(torch.tensor([[*prompt, *answer[:-1]]])).logits[0, len(prompt) - 1 :].float()
         lost = logits.amax(dim=-1) - logits.gather(1, torch.tensor(answer)[:, None])[:, 0]
         assert float(lost.max()) <= most * float(logits.abs().max())
-        assert float((lost == 0).float().mean()) >= 0.8
+        assert float((lost == 0).float().mean()) >= 0.6
