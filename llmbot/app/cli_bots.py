@@ -20,6 +20,7 @@ from .console import cell, emit, only_json, say, table, terminal
 from ..core.architectures import PRESETS
 from ..core.bot import ADAPTER_CONFIG, Manifest, bots_directory, is_adapter, list_bots, read_manifest, resolve_reference, verify_bot
 from ..core.errors import BotError
+from ..core.evaluations import known_metrics
 
 # %% ../../nbs/app/530_cli_bots.ipynb #3426b324
 app = typer.Typer(name="models", help="Look at bots on disk.", no_args_is_help=True)
@@ -42,6 +43,7 @@ def manifest_of(
 ) -> Manifest:  # read, or made up from what the model says of itself
     "What is known about a bot; raises `BotError` when its files are damaged."
     if manifest := read_manifest(directory):
+        manifest.metrics = known_metrics(directory)
         return manifest
     try:
         path = directory / (ADAPTER_CONFIG if is_adapter(directory) else "config.json")

@@ -256,7 +256,10 @@ def read_manifest(
 
 # %% ../../nbs/core/012_bot.ipynb #6b4cf7ce
 def _format_metric(value: Any) -> str:
-    "Four significant digits for floats, everything else as it is."
+    "Four significant digits for floats; a figure of an evaluation with its interval and its rows; everything else as it is."
+    if isinstance(value, dict):
+        ends = f" [{', '.join(f'{end:.3g}' for end in value['interval'])}]" if value.get("interval") else ""
+        return f"{_format_metric(value.get('value'))}{ends}" + (f", {value['rows']:,} rows" if "rows" in value else "")
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
@@ -282,7 +285,7 @@ def model_card(
 ) -> str:  # Markdown with the YAML header that model hubs read
     "A model card made from the manifest alone."
     m = manifest
-    flat = [(k, v) for k, v in m.metrics.items() if isinstance(v, int | float | str)]
+    flat = [(k, v) for k, v in m.metrics.items() if isinstance(v, int | float | str) or isinstance(v, dict) and "value" in v]
     data = [(", ".join(d.get("files", [])) or "?", f"{d.get('rows', '?')} rows, `{d.get('fingerprint', '?')[:12]}`") for d in m.data]
     origin = f"Trained with the `{m.method}` method of llmbot" if m.method else "Not trained by llmbot"
     origin = "Exported by llmbot for ONNX Runtime" if m.method == EXPORT_METHOD else origin

@@ -24,6 +24,7 @@ from typing import Any
 from .bot import CARD, MANIFEST, Manifest, bot_digest, check_bot_files, file_digest, flush_to_disk, hash_files
 from .bot import is_adapter, is_export, read_manifest, resolve_reference, storage_error, verify_bot
 from .errors import BotError
+from .evaluations import SUFFIX, evaluations_file
 from .registry_layout import ALIASES, REGISTRY_SCHEMA, Place, all_places, check_name, find_version, places_with_digest
 from .registry_layout import read_aliases, read_json, registered_names, registry_directory, version_places
 
@@ -304,6 +305,7 @@ def delete_version(
         trash = root / f".trash-{secrets.token_hex(8)}"
         os.rename(place.directory, trash)
         place.record_path.unlink()
+        evaluations_file(place.directory).unlink(missing_ok=True)
         shutil.rmtree(trash)
     return place
 
@@ -324,7 +326,8 @@ def remains(
         lock.release()
         found += [path for path in (own.with_suffix(""), own) if path.exists()]
     records = (path for path in root.glob("*/*@*.json") if path.name.startswith(f"{path.parent.name}@"))
-    return found + [path for path in records if not path.with_suffix("").is_dir()]
+    figures = (path for path in root.glob(f"*/*@*{SUFFIX}") if not path.with_name(path.name.removesuffix(SUFFIX)).is_dir())
+    return found + [path for path in records if not path.with_suffix("").is_dir()] + list(figures)
 
 
 def gc(

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .bot import read_manifest
 from .errors import BotError, ConfigError
+from .evaluations import known_metrics
 from .registry import locked, now, whoami, write_json
 from .registry_layout import ALIASES, Place, check_name, find_version, read_aliases, registry_directory, version_places
 
@@ -100,8 +100,7 @@ def promote(
     check_name(alias, "alias")
     with locked(root, timeout_s):
         place = find_version(ref, root)
-        manifest = read_manifest(place.directory)
-        if reasons := failed_gates(manifest.metrics if manifest else {}, require):
+        if reasons := failed_gates(known_metrics(place.directory), require):
             raise BotError(f"{place} does not become {alias}:\n" + "\n".join(f"  {reason}" for reason in reasons))
         move(root, place.name, alias, place.number, "promote")
     return place
