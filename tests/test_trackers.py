@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import struct
 import subprocess
 import sys
 import time
@@ -24,7 +23,7 @@ from llmbot.core.config_io import load_config
 from llmbot.core.errors import TrainingError
 from llmbot.monitoring.experiment_tracker import identity, register_tracker
 from llmbot.monitoring.tracker_queue import read_calls
-from llmbot.training.callbacks import tracker_name
+from llmbot.monitoring.tracker_records import leveldb_records, local_records, tracker_name
 from llmbot.training.launch import free_port
 from llmbot.training.run_tracking import send_again
 from llmbot.training.trainer import train
@@ -171,22 +170,6 @@ def test_mlflow(tracked: Tracked) -> None:
     assert [f.path for f in client.list_artifacts(run.info.run_id, "config")] == ["config/config.yaml"]
 
 
-def leveldb_records(data: bytes) -> Iterator[bytes]:
-    "The records of a .wandb file: a LevelDB log of 32 KiB blocks, without the checks that its writer makes."
-    assert data[:4] == b":W&B"
-    position, parts = 7, []
-    while position + 7 <= len(data):
-        if 32768 - position % 32768 < 7:
-            position += 32768 - position % 32768
-            continue
-        _, length, kind = struct.unpack("<IHB", data[position : position + 7])
-        parts.append(data[position + 7 : position + 7 + length])
-        position += 7 + length
-        if kind in (1, 4):  # full, or the last part
-            yield b"".join(parts)
-            parts = []
-
-
 def wandb_history(path: Path) -> tuple[dict[str, list[tuple[int, float]]], list[Any]]:
     from wandb.proto import wandb_internal_pb2 as pb
 
@@ -233,6 +216,19 @@ def test_comet(tracked: Tracked) -> None:
     others = {m["payload"]["key"]: m["payload"]["value"] for m in messages if m["type"] == "log_other"}
     assert (others["Name"], others["run_id"], others["artifact/bot"]) == ("bot", tracked.id, str(tracked.folder / "bot"))
     assert len(names) > 3  # tables and the configuration
+
+
+def test_the_readers_find_what_the_tools_find(tracked: Tracked) -> None:
+    "The library's own readers, which need neither a server nor MLflow's client, against the trainer's history."
+    records = local_records(tracked.run_dir, "bot", tracked.id)
+    assert sorted(records) == ["comet", "history", "journal", "mlflow", "tensorboard", "wandb"]
+    assert records.pop("history")() == tracked.numbers
+    for name, read in records.items():
+        check_numbers(tracked, read(), exact=name != "tensorboard")
+    client = mlflow_client(tracked)
+    [run] = client.search_runs([client.get_experiment_by_name("llmbot").experiment_id], f"tags.`llmbot.run_id` = '{tracked.id}'")
+    assert records["mlflow"]().keys() == run.data.metrics.keys()
+    assert not {"curr_step", "process duration"} & records["comet"]().keys()
 
 
 def everything_in(path: Path) -> bytes:
