@@ -15,13 +15,12 @@ import numpy as np
 import torch
 
 from ..core.bot import is_export
-from ..core.chat import ChatFormat
 from ..core.config import Config
 from ..core.errors import BotError, ConfigError, ServingError, require
-from ..core.model_manager import context_length, load_bot
+from ..core.model_manager import load_bot
 from ..core.settings import changed
-from .backends import NEUTRAL, Capabilities, EngineLoad, check_context, check_supported, engine_settings, register_backend
-from .batch_worker import Worker
+from .backends import NEUTRAL, Capabilities, EngineLoad, check_request, engine_settings, register_backend, require_started
+from .batch_worker import OnWorker, Worker, stream_task
 from .batcher import Result, Task
 from .constraints import Grammars
 from .engine_settings import OnnxSettings
@@ -181,7 +180,7 @@ class OnnxRunner(Passes):
                 self.results.append((task, chunk))
 
 # %% ../../nbs/serving/334_onnx_backend.ipynb #98def684
-class OnnxEngine:
+class OnnxEngine(OnWorker):
     "An export, its settings and the worker that runs it."
 
     name = "onnx"
@@ -199,61 +198,28 @@ class OnnxEngine:
             raise BotError(f"{bot_ref} is no export for ONNX Runtime. Make one of it: llmbot export onnx {bot_ref}")
         self._settings: OnnxSettings = engine_settings("onnx", cfg)
         self._capacity = self._settings.kv_cache_tokens or cfg.serving.max_concurrent_requests * self.context_length
-        self._runner: OnnxRunner | None = None
-        self._worker: Worker | None = None
-
-    @property
-    def chat(self) -> ChatFormat:
-        return self._bot.chat
-
-    @property
-    def context_length(self) -> int:
-        return context_length(self._bot.config)
+        self._vocabulary: int = self._bot.config.get_text_config().vocab_size
 
     def capabilities(self) -> Capabilities:
         return Capabilities()
 
-    def load(self) -> EngineLoad:
-        return self._runner.load() if self._runner else EngineLoad(0, 0, 0, self._capacity)
-
     async def start(self) -> None:
         model = await asyncio.to_thread(load_onnx, self._bot.reference.location, self._settings)
-        size = self._bot.config.get_text_config().vocab_size
-        grammars = Grammars(self.chat.tokenizer, size, self.chat.stop_token_ids)
-        self._runner = OnnxRunner(model, BatchSampler(size, "cpu", grammars), self._capacity, self._settings.prefill_chunk)
-        self._worker = Worker(self._runner, torch.device("cpu"))
-
-    async def stop(self) -> None:
-        if self._worker is not None:
-            await asyncio.to_thread(self._worker.stop)
-            self._runner = self._worker = None
+        sampler = BatchSampler(self._vocabulary, "cpu", Grammars(self.chat.tokenizer, self._vocabulary, self.chat.stop_token_ids))
+        self._runner = OnnxRunner(model, sampler, self._capacity, self._settings.prefill_chunk)
+        self._worker = Worker(self._runner, self.name)
 
 # %% ../../nbs/serving/334_onnx_backend.ipynb #2bb03e0f
 @register_backend("onnx")
 class OnnxBackend(OnnxEngine):
     "Runs an export with ONNX Runtime; see `Backend` and `LoadReporter` for what each method promises."
 
-    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
-        if self._worker is None:
-            raise ServingError("the backend is not started: await backend.start() first")
+    def generate(self, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
+        worker = require_started(self._worker)
         if request.adapter is not None:
             raise ServingError("the onnx backend has no adapters: an export is one graph. Export the adapter bot itself: it is merged.")
-        check_supported(request.params, self.capabilities(), self.name)
-        check_context(request, self.context_length)
-        size, asked = self._bot.config.get_text_config().vocab_size, len(request.prompt_ids) + request.params.max_new_tokens
-        if wrong := [i for i in request.prompt_ids if not 0 <= i < size]:
-            raise RequestError(f"token id {wrong[0]} is not in the vocabulary, which has {size}", param="prompt", code="invalid_token")
-        if asked > self._capacity:
+        check_request(self, request, self._vocabulary)
+        if (asked := len(request.prompt_ids) + request.params.max_new_tokens) > self._capacity:
             message = f"prompt and answer may take {asked} tokens, and engine.kv_cache_tokens is {self._capacity}"
             raise RequestError(f"{message}: ask for fewer, or raise it", param="max_new_tokens", code="kv_cache_exceeded")
-        worker, task = self._worker, Task(request, self.chat)
-        box = worker.submit(task)
-        try:
-            while True:
-                chunk = await box.get()
-                if isinstance(chunk, Chunk):
-                    yield chunk
-                    if chunk.finish_reason:
-                        return
-        finally:
-            worker.cancel(task)
+        return stream_task(worker, Task(request, self.chat))

@@ -21,9 +21,9 @@ import httpx
 
 from ..core.chat import ChatFormat
 from ..core.config import Config
-from ..core.errors import ConfigError, ServingError
-from ..core.model_manager import context_length, load_bot
-from .backends import NEUTRAL, Capabilities, check_context, engine_settings, register_backend
+from ..core.errors import ConfigError
+from ..core.model_manager import load_bot
+from .backends import NEUTRAL, BotSide, Capabilities, check_request, engine_settings, register_backend, require_started
 from .engine_settings import RemoteSettings
 from .sampling_params import Chunk, FinishReason, GenerationRequest, RequestError
 
@@ -229,7 +229,7 @@ def remote_client(settings: RemoteSettings) -> httpx.AsyncClient:
 
 # %% ../../nbs/serving/342_remote_backend.ipynb #b16ae3f2
 @register_backend("remote")
-class RemoteBackend:
+class RemoteBackend(BotSide):
     "Sends a bot's requests to other servers; see `Backend` for what each method promises."
 
     name = "remote"
@@ -246,14 +246,6 @@ class RemoteBackend:
         self._client: httpx.AsyncClient | None = None
         self._rotation = Rotation(self._settings.urls, self._settings.down_s)
 
-    @property
-    def chat(self) -> ChatFormat:
-        return self._bot.chat
-
-    @property
-    def context_length(self) -> int:
-        return context_length(self._bot.config)
-
     def capabilities(self) -> Capabilities:
         return Capabilities(HONOURED)
 
@@ -266,10 +258,9 @@ class RemoteBackend:
             await self._client.aclose()
 
     def generate(self, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
-        if self._client is None:
-            raise ServingError("the backend is not started: await backend.start() first")
-        check_context(request, self.context_length)
+        client = require_started(self._client)
+        check_request(self, request)
         ids = list(request.prompt_ids)
         prompt = str(self.chat.tokenizer.decode(ids)) if self._settings.prompt == "text" else ids
         body = remote_body(request, self._model, prompt)
-        return remote_answer(self._client, self._settings, self._rotation, body, len(ids), self.chat)
+        return remote_answer(client, self._settings, self._rotation, body, len(ids), self.chat)

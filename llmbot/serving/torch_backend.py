@@ -10,19 +10,18 @@ import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import fields
 
-from ..core.chat import ChatFormat
 from ..core.config import Config
 from ..core.errors import ServingError
 from ..core.model_manager import LoadedBot, context_length, load_bot
 from .adapter_switch import AdapterSwitch
-from .backends import Capabilities, EngineLoad, check_context, check_supported, engine_settings, register_backend
-from .batch_worker import Runner, SoloRunner, Worker
+from .backends import Capabilities, check_request, engine_settings, register_backend, require_started
+from .batch_worker import OnWorker, Runner, SoloRunner, Worker, stream_task, submitted
 from .batcher import Batcher, Task
 from .decoding import new_sampler
 from .engine_settings import TorchSettings
 from .kv_blocks import BLOCK, SharedBlocks
 from .paged_cache import PagedCache, cache_shape, check_paging, default_kv_tokens, share_heads, unpageable
-from .sampling_params import Chunk, GenerationRequest, RequestError, SamplingParams
+from .sampling_params import Chunk, GenerationRequest, SamplingParams
 
 # %% ../../nbs/serving/330_torch_backend.ipynb #f5520959
 def new_runner(
@@ -44,7 +43,7 @@ def new_runner(
     return batcher
 
 # %% ../../nbs/serving/330_torch_backend.ipynb #4bba9202
-class TorchEngine:
+class TorchEngine(OnWorker):
     "A bot, its settings and the worker that runs it."
 
     name = "torch"
@@ -62,33 +61,15 @@ class TorchEngine:
             self._settings.batching = False
         self._answers = cfg.serving.max_concurrent_requests
         self._leaving: set[str] = set()  # adapters that wait for their last request
-        self._runner: Runner | None = None
-        self._worker: Worker | None = None
-
-    @property
-    def chat(self) -> ChatFormat:
-        return self._bot.chat
-
-    @property
-    def context_length(self) -> int:
-        return context_length(self._bot.config)
 
     def capabilities(self) -> Capabilities:
         if self._settings.batching:
             return Capabilities(adapters=self._bot.base is None, embeddings=True)
         return Capabilities(frozenset(f.name for f in fields(SamplingParams)) - {"prompt_logprobs"})
 
-    def load(self) -> EngineLoad:
-        return self._runner.load() if self._runner else EngineLoad(0, 0, 0, None)
-
     async def start(self) -> None:
         self._runner = await asyncio.to_thread(lambda: new_runner(self._bot, self._settings, self._answers))
-        self._worker = Worker(self._runner, self._bot.model.device, self._settings.threads)
-
-    async def stop(self) -> None:
-        if self._worker is not None:
-            await asyncio.to_thread(self._worker.stop)
-            self._runner = None
+        self._worker = Worker(self._runner, self.name, self._bot.model.device, self._settings.threads)
 
 # %% ../../nbs/serving/330_torch_backend.ipynb #1a6ba276
 class TorchAnswers(TorchEngine):
@@ -96,13 +77,8 @@ class TorchAnswers(TorchEngine):
 
     def _task(self, request: GenerationRequest, embed: bool = False) -> tuple[Worker, Task]:
         "Raises `RequestError` for what can never be computed, `ServingError` before `start`."
-        if self._worker is None:
-            raise ServingError("the backend is not started: await backend.start() first")
-        check_supported(request.params, self.capabilities(), self.name)
-        check_context(request, self.context_length + embed)  # an embedding has no token after its prompt
-        size = self._bot.model.get_input_embeddings().num_embeddings
-        if wrong := [i for i in request.prompt_ids if not 0 <= i < size]:
-            raise RequestError(f"token id {wrong[0]} is not in the vocabulary, which has {size}", param="prompt", code="invalid_token")
+        worker = require_started(self._worker)
+        check_request(self, request, self._bot.model.get_input_embeddings().num_embeddings, embed)
         task = Task(request, self.chat, embed)
         if request.adapter in self._leaving:
             raise ServingError(f"the adapter '{request.adapter}' is being unloaded")
@@ -110,20 +86,10 @@ class TorchAnswers(TorchEngine):
             self._runner.check_room(task)
         elif embed or request.adapter is not None:
             raise ServingError("this bot answers one request at a time, without adapters and embeddings")
-        return self._worker, task
+        return worker, task
 
-    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
-        worker, task = self._task(request)
-        box = worker.submit(task)
-        try:
-            while True:
-                chunk = await box.get()
-                if isinstance(chunk, Chunk):
-                    yield chunk
-                    if chunk.finish_reason:
-                        return
-        finally:
-            worker.cancel(task)
+    def generate(self, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
+        return stream_task(*self._task(request))
 
 # %% ../../nbs/serving/330_torch_backend.ipynb #fea7124b
 @register_backend("torch")
@@ -133,11 +99,8 @@ class TorchBackend(TorchAnswers):
     async def embed(self, prompt_ids: Sequence[int], adapter: str | None = None) -> list[float]:
         params = SamplingParams(max_new_tokens=1, temperature=0, top_p=1)
         worker, task = self._task(GenerationRequest(tuple(prompt_ids), params, "embed", adapter=adapter), embed=True)
-        box = worker.submit(task)
-        try:
+        with submitted(worker, task) as box:
             vector = await box.get()
-        finally:
-            worker.cancel(task)
         return vector if isinstance(vector, list) else []
 
     async def load_adapter(self, name: str, reference: str) -> None:

@@ -27,7 +27,8 @@ from ..core.config import Config
 from ..core.errors import BotError, ConfigError, MissingExtraError, ServingError
 from ..core.model_manager import LoadedBot, adapter_settings, context_length, find_base, load_bot
 from ..core.settings import changed
-from .backends import Capabilities, EngineDeadError, EngineLoad, check_context, engine_settings, register_backend
+from .backends import Capabilities, EngineDeadError, EngineLoad, check_request, engine_settings, register_backend
+from .backends import require_started
 from .engine_settings import VllmSettings
 from .sampling_params import Chunk, GenerationRequest, RequestError
 
@@ -284,11 +285,6 @@ class EngineHolder:
         self._engine: AsyncLLM | None = None
         self._asked: set[str] = set()  # requests that are not complete
 
-    def _live(self) -> "AsyncLLM":
-        if self._engine is None:
-            raise ServingError("the backend is not started: await backend.start() first")
-        return self._engine
-
     async def start(self) -> None:
         self._engine = await asyncio.to_thread(self._plan.start, self._stats)
         if self._plan.bot.base is not None:
@@ -302,14 +298,14 @@ class EngineHolder:
             await asyncio.to_thread(engine.shutdown)
 
     async def load_adapter(self, name: str, reference: str) -> None:
-        engine, found = self._live(), resolve_reference(reference)
+        engine, found = require_started(self._engine), resolve_reference(reference)
         if not self._plan.takes_adapters:
             raise ServingError("the engine was started without room for adapters; set engine.enable_lora=true, or serving.adapters")
         await asyncio.to_thread(check_adapter, Path(found.location), self._plan.base)
         await self._adapters.load(engine, name, Path(found.location))
 
     async def unload_adapter(self, name: str) -> None:
-        await self._adapters.unload(self._live(), name)
+        await self._adapters.unload(require_started(self._engine), name)
 
     def load(self) -> EngineLoad:
         return engine_load(self._engine, self._stats)
@@ -361,8 +357,8 @@ class VllmBackend(EngineHolder):
         return Capabilities(adapters=self._plan.takes_adapters)
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
-        engine, answer = self._live(), Answer(request, self.chat)
-        check_context(request, self.context_length)
+        engine, answer = require_started(self._engine), Answer(request, self.chat)
+        check_request(self, request)
         self._asked.add(request.request_id)
         try:
             with engine_errors(), self._adapters.using(request.adapter) as adapter:
