@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'data_app', 'Bot', 'Overrides', 'Recipe', 'print_version', 'options', 'complete_bot', 'settle',
-           'quiet_libraries', 'inspect_data', 'inspect', 'show_batch', 'evaluate', 'compare', 'one_answer',
-           'piped_text', 'chat', 'import_readline', 'serve', 'main']
+           'quiet_libraries', 'inspect', 'show_batch', 'evaluate', 'compare', 'one_answer', 'piped_text', 'chat',
+           'import_readline', 'serve', 'main']
 
 # %% ../../nbs/app/595_cli.ipynb #6b8c0f9d
 import contextlib
@@ -21,6 +21,7 @@ import llmbot
 from . import cli_config, cli_export, cli_models, cli_tracking, cli_training, cli_verify
 from .cli_config import Arguments, AsJson, read_arguments
 from .console import emit, one_message, only_json, say, terminal, visible
+from .data_preview import inspect_data
 from ..core.bot import list_bots
 from ..core.config import Config, check_config
 from ..core.config_io import load_config
@@ -29,7 +30,6 @@ from ..core.processes import launched_processes, leave_at_once
 
 if TYPE_CHECKING:
     from llmbot.app.chat_repl import ChatSession
-    from llmbot.core.preflight import PreflightReport
 
 # %% ../../nbs/app/595_cli.ipynb #d31f044d
 app = typer.Typer(name="llmbot", no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich",
@@ -88,27 +88,6 @@ def quiet_libraries() -> None:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 # %% ../../nbs/app/595_cli.ipynb #27e7c1a0
-def inspect_data(
-    cfg: Config,  # data, model and training method
-) -> "PreflightReport":
-    "Prepare data as training would, and report."
-    import tempfile
-
-    from llmbot.core.chat import ChatFormat
-    from llmbot.core.data_processor import prepare_data
-    from llmbot.core.preflight import preflight
-    from llmbot.training.methods import get_method
-    from llmbot.training.trainer import fit_chat_template, make_tokenizer, sequence_length
-
-    kind, training = get_method(cfg.training.method).data_kind, cfg.training
-    with tempfile.TemporaryDirectory() as scratch:
-        tokenizer = make_tokenizer(cfg, Path(scratch), resume=False)
-    fit_chat_template(cfg, tokenizer, kind)
-    chat, length = ChatFormat(tokenizer), sequence_length(cfg)
-    prepared = prepare_data(cfg.data, chat, kind=kind, max_seq_length=length, packing=training.packing, seed=training.seed)
-    return preflight(prepared, chat)
-
-
 @data_app.command()
 def inspect(
     arguments: Arguments = None,
