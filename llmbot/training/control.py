@@ -60,7 +60,7 @@ class Requests:
     def __init__(self) -> None:
         self.changed = threading.Condition()
         self.work: deque[tuple[Work, Future[Any]]] = deque()
-        self.paused = False
+        self.paused, self.held = False, False  # whether it is to wait, and whether it does
         self.ending: Ending = ""
         self.save = True  # a checkpoint when the run is stopped
         self.signal: int | None = None  # that stopped it
@@ -111,11 +111,18 @@ class TrainingControl(Requests):
         "End the run after the current step as if its steps were over: the bot is measured and written."
         self.end("finish")
 
-    def set_learning_rate(self, rate: float) -> None:
+    def set_learning_rate(self, rate: float) -> "Future[float]":  # the factor, once it is done
         "Bring the learning rate to `rate` and let the schedule go on in proportion. Raises `ConfigError` for what is no rate."
         if not (math.isfinite(rate) and rate > 0):
             raise ConfigError(f"{rate!r} is no learning rate: give a number above 0.")
-        self.ask(lambda callback, given: scale_learning_rate(given["optimizer"], given["lr_scheduler"], rate))
+        return self.ask(lambda callback, given: scale_learning_rate(given["optimizer"], given["lr_scheduler"], rate))
+
+    def ask_answer(self, prompt: str) -> "Future[str]":  # what the model says, greedily
+        "Have the model answer as it is after the current step. Raises `TrainingError` when no run is on."
+        with self.changed:
+            if self.thread is None:
+                raise TrainingError("There is no run that could answer: it has not begun, or is over.")
+            return self.ask(lambda callback, given: callback.answer(given["model"], prompt))
 
     def sample(
         self,
@@ -123,13 +130,9 @@ class TrainingControl(Requests):
         timeout: float | None = None,  # seconds to wait; None: as long as the step takes
     ) -> str:  # the model's greedy answer
         "The answer of the model as it is after the current step. Raises `TrainingError` when no run is on, `TimeoutError`."
-        with self.changed:
-            if self.thread is None:
-                raise TrainingError("There is no run that could answer: it has not begun, or is over.")
-            if self.thread == threading.get_ident():
-                raise TrainingError("The thread that trains would wait for itself: ask from another thread.")
-            future = self.ask(lambda callback, given: callback.answer(given["model"], prompt))
-        return str(future.result(timeout))
+        if self.thread == threading.get_ident():
+            raise TrainingError("The thread that trains would wait for itself: ask from another thread.")
+        return self.ask_answer(prompt).result(timeout)
 
 # %% ../../nbs/training/204_control.ipynb #abc746e8
 def scale_learning_rate(
@@ -195,8 +198,10 @@ def serve(
     while True:
         with control.changed:
             if not control.work and control.paused and not control.ending:
+                control.held = True
                 control.changed.wait()
                 continue
+            control.held = False
             if not control.work:
                 break
             work, future = control.work.popleft()

@@ -10,7 +10,6 @@ __all__ = ['TrainingResult', 'training_texts', 'make_tokenizer', 'fit_chat_templ
 # %% ../../nbs/training/230_trainer.ipynb #8e3fd6c3
 import itertools
 import json
-import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -21,14 +20,14 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from transformers import set_seed
 
-from ..core.bot import Manifest, bot_digest, check_destination, storage_error
+from ..core.bot import Manifest, bot_digest, storage_error
 from ..core.chat import ChatFormat, attach_chat_template
 from ..core.config import Config, DataConfig, check_config, trains_adapter
 from ..core.config_io import to_dict
 from ..core.data_formats import normalise, recognise
 from ..core.data_processor import prepare_data
 from ..core.data_reader import read_rows
-from ..core.errors import ConfigError, DataError, TrainingError
+from ..core.errors import ConfigError, DataError
 from ..core.model_manager import context_length, load_bot, new_model, pick_device, train_tokenizer, whole_model
 from ..core.preflight import preflight
 from ..core.processes import add_up, is_main, join_processes, main_first
@@ -37,9 +36,11 @@ from .bot_trainer import served
 from .checkpoints import check_resume, keep_json, resume_point, run_record
 from .control import ControlCallback, TrainingControl, train_under_control
 from .launch import check_processes, run_directory, shared_directory, wrapping_check
+from .live import reachable
 from .lora_trainer import write_bot
 from .methods import TrainingMethod, TrainingRun, asked_strategy, check_strategy, get_method
 from .methods import resolve_rate, settings_for
+from .run_files import check_run_dir, clear_run
 from .run_tracking import begin_tracking, data_facts, end_tracking, make_callbacks
 
 if TYPE_CHECKING:
@@ -153,14 +154,9 @@ def open_run(
     run_dir = run_directory(cfg.training.output_dir)
     if not is_main():
         return shared_directory(run_dir)
-    began = (run_dir / "run.json").is_file()
-    if resume and not began:
-        raise TrainingError(f"There is no run to resume in {run_dir}. Start it without --resume.")
-    check_destination(cfg.training.output_dir, cfg.training.overwrite)
-    if began and not resume:
-        if not cfg.training.overwrite:
-            raise TrainingError(f"{run_dir} holds an earlier run. Go on with --resume, or replace it with training.overwrite=true.")
-        shutil.rmtree(run_dir)
+    check_run_dir(run_dir, cfg.training.overwrite, resume)
+    if (run_dir / "run.json").is_file() and not resume:
+        clear_run(run_dir)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as exc:
@@ -264,28 +260,31 @@ def train(
     method = check_recipe(cfg)
     join_processes(pick_device(cfg.model.device))
     console = (console or Console(stderr=True)) if is_main() else Console(quiet=True)
+    say, control = partial(console.print, highlight=False, markup=False), control or TrainingControl()
     with main_first():
         run_dir = open_run(cfg, resume)
-    try:
-        run = prepare_run(cfg, method, run_dir, resume, console)
-        trainer = served(method.build(run), run)
-        check_processes(trainer, asked_strategy(cfg.training.strategy))
-    except BaseException:
-        if not resume and is_main():
-            shutil.rmtree(run_dir, ignore_errors=True)  # a run that never began leaves nothing
-        raise
-    trainer.say = partial(console.print, highlight=False, markup=False)
-    with main_first():  # rank 0 puts damaged checkpoints aside, and the others find the same one
-        checkpoint = resume_point(run_dir / "checkpoints", trainer.say) if resume else None
-    if resume:
-        trainer.say(f"resuming from {checkpoint.name if checkpoint else 'the start: no checkpoint was complete yet'}")
-    baseline = read_or_measure_baseline(trainer, run, resume)
-    steering = ControlCallback(control or TrainingControl(), run.chat, method.data_kind != "text", getattr(trainer, "budget", None))
-    seconds = take_steps(trainer, run, steering, checkpoint)
-    try:
-        return finish(trainer, run, baseline, seconds)
-    finally:
-        run.tracker.finish()
+    with reachable(run_dir, control, say) as live:
+        try:
+            run = prepare_run(cfg, method, run_dir, resume, console)
+            trainer = served(method.build(run), run)
+            check_processes(trainer, asked_strategy(cfg.training.strategy))
+        except BaseException:
+            if not resume and is_main():
+                clear_run(run_dir)  # a run that never began leaves nothing
+            raise
+        trainer.say = say
+        with main_first():  # rank 0 puts damaged checkpoints aside, and the others find the same one
+            checkpoint = resume_point(run_dir / "checkpoints", say) if resume else None
+        if resume:
+            say(f"resuming from {checkpoint.name if checkpoint else 'the start: no checkpoint was complete yet'}")
+        baseline = read_or_measure_baseline(trainer, run, resume)
+        steering = ControlCallback(control, run.chat, method.data_kind != "text", getattr(trainer, "budget", None))
+        live.watch(trainer, steering)
+        seconds = take_steps(trainer, run, steering, checkpoint)
+        try:
+            return finish(trainer, run, baseline, seconds)
+        finally:
+            run.tracker.finish()
 
 # %% ../../nbs/training/230_trainer.ipynb #80597d74
 def take_steps(
