@@ -105,6 +105,13 @@ class RateLimits:
             raise RateLimitError(message, code="rate_limit_exceeded", retry_after=wait)
         return dict(zip(LIMIT_HEADERS, (str(self.item.amount), str(max(left, 0)), f"{wait}s"), strict=True))
 
+    async def left(
+        self,
+        key: str,  # whose requests they are
+    ) -> int:  # requests
+        "How many more requests a key may make now; nothing is counted."
+        return max((await self._window.get_window_stats(self.item, key)).remaining, 0)
+
 # %% ../../nbs/serving/362_access.ipynb #f33a0db3
 def wrong_host(
     headers: Headers,

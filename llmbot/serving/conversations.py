@@ -248,17 +248,20 @@ def append(
     id: str,
     after: int,  # messages that the conversation had when the turn began
     messages: Sequence[Mapping[str, Any]],  # the turn: what was sent, and the answer
+    keep: int | None = None,  # of those messages the first that stay, where the turn replaces the rest; None: all
 ) -> None:
     "Store one turn, all or nothing. Raises `ConversationBusyError` where another was stored in between, `UnknownConversationError`."
-    now, this = time.time(), conversations.c
+    now, this, start = time.time(), conversations.c, after if keep is None else min(keep, after)
     try:
         with store.begin() as connection:
             _find(connection, store, owner, id)
             update = conversations.update().where(this.id == id, this.message_count == after)
-            changed = connection.execute(update.values(message_count=after + len(messages), updated_at=now))
+            changed = connection.execute(update.values(message_count=start + len(messages), updated_at=now))
             if changed.rowcount != 1:
                 raise busy()
-            _write(connection, id, after, messages, now)
+            rows = messages_table.c
+            connection.execute(messages_table.delete().where(rows.conversation_id == id, rows.position >= start))
+            _write(connection, id, start, messages, now)
     except IntegrityError as exc:
         raise busy() from exc
 
