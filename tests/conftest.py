@@ -1,10 +1,18 @@
 """Shared fixtures: real material when it lies beside the repository, and offline hub access always."""
 
 import os
+import shutil
 import tempfile
+from collections.abc import Callable, Iterator
+from ipaddress import ip_address
 from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 import pytest
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, BrowserContext
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models on a busy machine: threads would wait for each other
@@ -20,6 +28,58 @@ def shared() -> Path:
     if not (path / "models" / "stories260K" / "config.json").exists():
         pytest.skip(f"no real data at {path}: set LLMBOT_SHARED to run this test")
     return path
+
+
+@pytest.fixture(scope="session")
+def browser() -> "Iterator[Browser]":
+    "The system's chromium; tests that use it skip, and say so, where there is none, and fail on CI, where there has to be one."
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)("no chromium on the PATH: install it to run this test")
+    from playwright.sync_api import sync_playwright
+
+    quiet = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+             "--disable-component-update", "--disable-sync"]
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=chromium, args=quiet)
+        yield started
+        started.close()
+
+
+class NetworkLog:
+    "Every address that the pages of a browser context have asked for, websockets included."
+
+    def __init__(self, context: "BrowserContext") -> None:
+        self.urls: list[str] = []
+        context.on("request", lambda request: self.urls.append(request.url))
+        context.on("page", lambda page: page.on("websocket", lambda socket: self.urls.append(socket.url)))
+
+    def foreign(self) -> list[str]:
+        "Those that are not of this machine."
+        return [url for url in self.urls if urlsplit(url).scheme not in ("data", "blob", "about") and not self._here(url)]
+
+    @staticmethod
+    def _here(url: str) -> bool:
+        host = urlsplit(url).hostname or ""
+        try:
+            return ip_address(host).is_loopback
+        except ValueError:
+            return host == "localhost"
+
+
+@pytest.fixture
+def network_log() -> "Iterator[Callable[[BrowserContext], NetworkLog]]":
+    "Call it with a browser context to record its requests; at the end of the test none may have left this machine."
+    logs: list[NetworkLog] = []
+
+    def record(context: "BrowserContext") -> NetworkLog:
+        logs.append(NetworkLog(context))
+        return logs[-1]
+
+    yield record
+    for log in logs:
+        assert log.urls, "the browser has asked for nothing"
+        assert log.foreign() == []
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

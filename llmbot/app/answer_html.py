@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LINKS', 'renderer', 'answer_html']
 
-# %% ../../nbs/app/545_answer_html.ipynb #dc3a3792
+# %% ../../nbs/app/545_answer_html.ipynb #ab238724
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -14,13 +14,14 @@ from markdown_it import MarkdownIt
 from markdown_it.common.utils import escapeHtml
 from markdown_it.token import Token
 
-# %% ../../nbs/app/545_answer_html.ipynb #ba6de8fe
+# %% ../../nbs/app/545_answer_html.ipynb #92d26a90
 LINKS = ("http://", "https://", "mailto:")  # what a link in an answer may begin with; others are shown as text
 
 
 def _image(self: Any, tokens: Sequence[Token], index: int, options: Any, env: Any) -> str:
     "An image is named, not fetched."
-    return f"<em>[image: {escapeHtml(tokens[index].content or 'without a description')}, {escapeHtml(str(tokens[index].attrGet('src')))}]</em>"
+    what, where = tokens[index].content or "without a description", str(tokens[index].attrGet("src"))
+    return f"<em>[image: {escapeHtml(what)}, {escapeHtml(where)}]</em>"
 
 
 def _link(self: Any, tokens: Sequence[Token], index: int, options: Any, env: Any) -> str:

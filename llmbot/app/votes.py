@@ -6,7 +6,7 @@
 __all__ = ['LOCK_S', 'Messages', 'append_line', 'count_rows', 'check_question', 'check_answer', 'append_vote', 'append_rating',
            'Ballot']
 
-# %% ../../nbs/app/546_votes.ipynb #35de244d
+# %% ../../nbs/app/546_votes.ipynb #d30aff0a
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ from typing import Any
 from ..core.chat_template import normalise_messages, validate_messages
 from ..core.errors import DataError, storage_reason
 
-# %% ../../nbs/app/546_votes.ipynb #9b82d622
+# %% ../../nbs/app/546_votes.ipynb #87527a03
 LOCK_S = 20.0  # seconds that a writer waits for others
 
 
@@ -49,7 +49,7 @@ def count_rows(
     "How many records a file has."
     return sum(1 for line in path.read_bytes().splitlines() if line.strip()) if path.is_file() else 0
 
-# %% ../../nbs/app/546_votes.ipynb #a195dd65
+# %% ../../nbs/app/546_votes.ipynb #a93dc54e
 Messages = Sequence[Mapping[str, Any]]  # as OpenAI has them
 
 
@@ -94,7 +94,7 @@ def append_rating(
     messages = [*check_question(prompt_messages), *check_answer(answer)]
     append_line(Path(path), {"messages": messages, "label": good, "meta": dict(meta or {})})
 
-# %% ../../nbs/app/546_votes.ipynb #02e6218d
+# %% ../../nbs/app/546_votes.ipynb #980fb42f
 class Ballot:
     "The votes and ratings of one session."
 
