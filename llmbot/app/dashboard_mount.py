@@ -6,7 +6,7 @@
 __all__ = ['PATH', 'FILES', 'pages_app', 'entrance', 'concerns_pages', 'beside_api', 'alone', 'opened', 'run_dashboard',
            'running_dashboard']
 
-# %% ../../nbs/app/574_dashboard_mount.ipynb #a162b3c4
+# %% ../../nbs/app/574_dashboard_mount.ipynb #3f69ec76
 import asyncio
 import contextlib
 import secrets
@@ -31,7 +31,7 @@ from ..serving.api_server import Around, listen, web_server
 from ..serving.conversations import Conversations
 from ..serving.http_guard import RequestBounds, RequestNames
 
-# %% ../../nbs/app/574_dashboard_mount.ipynb #8cab6cbb
+# %% ../../nbs/app/574_dashboard_mount.ipynb #47ef8ea0
 PATH = "/ui"
 FILES = ("/static/", "/components/")  # what the pages are made of
 
@@ -62,7 +62,7 @@ def entrance(app: FastAPI) -> ASGIApp:
 
     return RequestNames(RequestBounds(Door(app, app.state.place.keys, PATH, left)))
 
-# %% ../../nbs/app/574_dashboard_mount.ipynb #d705e883
+# %% ../../nbs/app/574_dashboard_mount.ipynb #8e9e7949
 def concerns_pages(path: str) -> bool:
     "Whether a path is one of the dashboard's."
     return path == PATH or path.startswith((f"{PATH}/", *FILES))
@@ -95,7 +95,7 @@ def beside_api(
 
     return around
 
-# %% ../../nbs/app/574_dashboard_mount.ipynb #17712db7
+# %% ../../nbs/app/574_dashboard_mount.ipynb #70c271e6
 def alone(
     cfg: Config,
     folder: str | Path,  # bots, data, runs and votes
@@ -129,7 +129,7 @@ async def opened(place: Workplace, cfg: Config) -> None:
     for reference in [*cfg.serving.models, *cfg.serving.adapters]:
         await place.open_bot(reference)
 
-# %% ../../nbs/app/574_dashboard_mount.ipynb #15cbc74d
+# %% ../../nbs/app/574_dashboard_mount.ipynb #843a33c9
 def run_dashboard(
     cfg: Config,  # serving.models: bots to open at once; there need not be any
     folder: str | Path = ".",  # bots, data, runs and votes
@@ -149,7 +149,7 @@ def run_dashboard(
     with sock, contextlib.suppress(KeyboardInterrupt):
         asyncio.run(main())
 
-
+# %% ../../nbs/app/574_dashboard_mount.ipynb #851d9afb
 @contextlib.contextmanager
 def running_dashboard(
     cfg: Config,
