@@ -93,9 +93,9 @@ def commands() -> list[list[str]]:
 
 def test_the_commands_are_there() -> None:
     assert {" ".join(c) for c in commands()} == {
-        "quickstart", "train", "evaluate", "compare", "chat", "serve", "data inspect", "models list", "models show", "models verify",
-        "models presets", "models merge", "models register", "models versions", "models promote", "models rollback", "models alias",
-        "models check", "models delete", "models gc", "plan", "lr-find", "data show-batch", "config show",
+        "quickstart", "train", "evaluate", "compare", "chat", "serve", "data inspect", "models list", "models show", "models diff",
+        "models card", "models verify", "models presets", "models merge", "models register", "models promote", "models rollback", "models alias",
+        "models delete", "models gc", "plan", "lr-find", "data show-batch", "config show",
         "config validate", "config schema", "config init", "export onnx", "tracking sync", "verify"}
 
 
@@ -331,10 +331,10 @@ def test_compare(inside: Run, home: Path) -> None:
 
 def test_models(home: Path, inside: Run) -> None:
     code, out, _ = inside("models", "list", "--json")
-    assert [(b["name"], b["method"]) for b in json.loads(out) if b["path"] == "bots/tiny"] == [("tiny", "sft")]
+    assert [(b["name"], b["method"]) for b in json.loads(out)["bots"] if b["path"] == "bots/tiny"] == [("tiny", "sft")]
     shown = json.loads(inside("models", "show", "tiny", "--json")[1])
     assert shown["config"]["training"]["learning_rate"] == 3e-3
-    assert json.loads(inside("models", "verify", "tiny", "--json")[1]) == {"path": "bots/tiny", "intact": True, "faults": []}
+    assert json.loads(inside("models", "verify", "tiny", "--json")[1]) == {"checked": "bot bots/tiny", "intact": True, "faults": []}
     assert "qwen3-0.2m" in json.loads(inside("models", "presets", "--json")[1])
 
 

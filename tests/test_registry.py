@@ -156,12 +156,16 @@ def test_a_bot_loads_by_its_alias_and_the_files_are_what_they_were(tmp_path: Pat
     (["promote", "mine@1", "--require", "bleu>1"], "has no metrics"),
     (["rollback", "mine"], "There is no 'mine@production'"),
     (["delete", "mine"], "is not one version"),
-    (["check"], "content changed"),
+    (["verify"], "content changed"),
+    (["verify", "mine@1"], "content changed"),
+    (["diff", "mine", "nowhere"], "No bot at 'nowhere'"),
+    (["card", "hf:a/b"], "is on the hub"),
+    (["list", "nowhere"], "There is no bot 'nowhere'"),
 ])
 def test_bad_input_ends_in_one_clear_error(tmp_path: Path, arguments: list[str], said: str) -> None:
     root = tmp_path / "registry"
     place = register(fake_bot(tmp_path / "mine"), root=root)
-    if arguments == ["check"]:
+    if arguments[0] == "verify":
         (place.directory / "config.json").chmod(0o644)
         (place.directory / "config.json").write_text("[]")
     done = subprocess.run([sys.executable, "-m", "llmbot.app.cli", "models", *arguments], capture_output=True, text=True,

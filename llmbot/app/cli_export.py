@@ -12,10 +12,11 @@ from typing import Annotated, Any
 
 import typer
 
-from .cli_bots import Bot, local_bot, merge_rows
+from .cli_bots import Bot, merge_rows
 from .cli_config import AsJson
 from .console import emit, only_json, say, table, terminal
 from ..core.bot import bots_directory
+from ..core.bot_facts import local_directory
 
 # %% ../../nbs/app/532_cli_export.ipynb #fcfcefce
 app = typer.Typer(name="export", help="Write a bot for another engine.", no_args_is_help=True)
@@ -56,7 +57,7 @@ def onnx(
     as_json: AsJson = False,
 ) -> None:
     "Export a bot for ONNX Runtime, after comparing it with PyTorch."
-    place = local_bot(bot)
+    place = local_directory(bot)
     dest = output or bots_directory() / f"{place.resolve().name}-onnx-{precision}"
     from llmbot.serving.onnx_export import export_onnx
 

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['MANIFEST', 'CARD', 'SCHEMA_VERSION', 'ADAPTER_CONFIG', 'ADAPTER_WEIGHTS', 'ONNX_CONFIG', 'ONNX_MODEL',
-           'EXPORT_METHOD', 'PICKLE_SUFFIXES', 'Manifest', 'package_versions', 'hardware_info', 'file_digest',
-           'hash_files', 'bot_digest', 'is_adapter', 'is_export', 'is_bot', 'storage_error', 'check_destination',
-           'flush_to_disk', 'bot_writer', 'write_manifest', 'read_manifest', 'model_card', 'verify_bot', 'Reference',
-           'bots_directory', 'list_bots', 'resolve_reference', 'check_bot_files']
+           'PICKLE_SUFFIXES', 'Manifest', 'package_versions', 'hardware_info', 'file_digest', 'hash_files',
+           'bot_digest', 'is_adapter', 'is_export', 'is_bot', 'storage_error', 'check_destination', 'flush_to_disk',
+           'bot_writer', 'write_manifest', 'read_manifest', 'verify_bot', 'Reference', 'bots_directory', 'list_bots',
+           'resolve_reference', 'check_bot_files']
 
 # %% ../../nbs/core/012_bot.ipynb #47f27738
 import hashlib
@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .errors import BotError, storage_reason
+from .model_card import digest_of, model_card
 from .registry_layout import find_version, registered_names, registry_directory
 
 # %% ../../nbs/core/012_bot.ipynb #1f47d6f6
@@ -53,6 +54,8 @@ class Manifest:
     template_digest: str | None = None  # sha256 of the chat template
     versions: dict[str, str] = field(default_factory=dict)  # package -> version
     hardware: dict[str, Any] = field(default_factory=dict)
+    energy: dict[str, Any] = field(default_factory=dict)  # kwh of the GPUs, seconds, samples, gpus; empty: not measured
+    license: str | None = None  # as its maker said; None: nobody said
     files: dict[str, str] = field(default_factory=dict)  # relative path -> sha256
     schema_version: int = SCHEMA_VERSION
 
@@ -105,13 +108,11 @@ def bot_digest(
     directory: str | Path,  # a bot's directory
 ) -> str:  # sha256, hexadecimal
     "One digest for all model files of a bot: equal digests mean equal bots."
-    listing = "".join(f"{digest}  {name}\n" for name, digest in hash_files(directory).items())
-    return hashlib.sha256(listing.encode()).hexdigest()
+    return digest_of(hash_files(directory))
 
 # %% ../../nbs/core/012_bot.ipynb #8ed95d24
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's names
 ONNX_CONFIG, ONNX_MODEL = "genai_config.json", "model.onnx"  # onnxruntime-genai's names
-EXPORT_METHOD = "onnx-export"  # what a manifest says instead of a training method
 
 
 def is_adapter(
@@ -231,7 +232,7 @@ def write_manifest(
     manifest.versions = manifest.versions or package_versions()
     manifest.hardware = manifest.hardware or hardware_info()
     (root / MANIFEST).write_text(json.dumps(asdict(manifest), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    (root / CARD).write_text(model_card(manifest), encoding="utf-8")
+    (root / CARD).write_text(model_card(asdict(manifest)), encoding="utf-8")
     return manifest
 
 
@@ -253,55 +254,6 @@ def read_manifest(
     if unknown := sorted(set(raw) - known):
         raise BotError(f"{path} has unknown keys {unknown}: it was changed by hand or by another llmbot.")
     return Manifest(**raw)
-
-# %% ../../nbs/core/012_bot.ipynb #6b4cf7ce
-def _format_metric(value: Any) -> str:
-    "Four significant digits for floats; a figure of an evaluation with its interval and its rows; everything else as it is."
-    if isinstance(value, dict):
-        ends = f" [{', '.join(f'{end:.3g}' for end in value['interval'])}]" if value.get("interval") else ""
-        return f"{_format_metric(value.get('value'))}{ends}" + (f", {value['rows']:,} rows" if "rows" in value else "")
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _table(header: tuple[str, str], rows: list[tuple[str, Any]]) -> str:
-    "A two-column Markdown table."
-    lines = [f"| {header[0]} | {header[1]} |", "|---|---|", *(f"| {k} | {_format_metric(v)} |" for k, v in rows)]
-    return "\n".join(lines)
-
-# %% ../../nbs/core/012_bot.ipynb #98b72688
-def _other_ways(manifest: Manifest) -> str:
-    "How it loads without llmbot."
-    if manifest.method == EXPORT_METHOD:
-        return "It also loads with onnxruntime-genai: `onnxruntime_genai.Model(path)`. For llmbot, add `serving.backend=onnx`."
-    if not manifest.adapter or manifest.adapter.get("merged"):
-        return "It also loads with transformers: `AutoModelForCausalLM.from_pretrained(path)`."
-    grows = manifest.adapter.get("added_tokens")
-    grown = "After `base.resize_token_embeddings(len(tokenizer))`, since its tokenizer has more tokens, it" if grows else "It"
-    return f"{grown} also loads with PEFT on its base: `PeftModel.from_pretrained(base, path)`."
-
-
-def model_card(
-    manifest: Manifest,  # of the bot to describe
-) -> str:  # Markdown with the YAML header that model hubs read
-    "A model card made from the manifest alone."
-    m = manifest
-    flat = [(k, v) for k, v in m.metrics.items() if isinstance(v, int | float | str) or isinstance(v, dict) and "value" in v]
-    data = [(", ".join(d.get("files", [])) or "?", f"{d.get('rows', '?')} rows, `{d.get('fingerprint', '?')[:12]}`") for d in m.data]
-    origin = f"Trained with the `{m.method}` method of llmbot" if m.method else "Not trained by llmbot"
-    origin = "Exported by llmbot for ONNX Runtime" if m.method == EXPORT_METHOD else origin
-    origin += f", starting from `{m.parent}`." if m.parent else (", from scratch." if m.method else ".")
-    sections = [
-        "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [llmbot]\n---",
-        f"# {m.name}\n\n{origin}",
-        "## Model\n\n" + _table(("property", "value"), list(m.model.items())) if m.model else "",
-        "## Adapter\n\n" + _table(("property", "value"), list(m.adapter.items())) if m.adapter else "",
-        "## Metrics\n\n" + (_table(("metric", "value"), flat) if flat else "None were measured."),
-        "## Data\n\n" + (_table(("files", "content"), data) if data else "Not recorded."),
-        f"## Use\n\n```sh\nllmbot chat path/to/{m.name}\nllmbot serve path/to/{m.name}\n```\n\n{_other_ways(m)}",
-        f"## How it was made\n\nSeed {m.seed}, {m.created}. The resolved config and the sha256 of every file are in `{MANIFEST}`.\n\n"
-        + _table(("package", "version"), list(m.versions.items())),
-    ]
-    return "\n\n".join(s for s in sections if s) + "\n"
 
 # %% ../../nbs/core/012_bot.ipynb #3680abeb
 def verify_bot(

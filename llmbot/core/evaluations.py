@@ -15,8 +15,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .bot import CARD, MANIFEST, bot_digest, model_card, read_manifest, storage_error
+from .bot import CARD, MANIFEST, bot_digest, read_manifest, storage_error
 from .errors import BotError, ConfigError
+from .model_card import model_card
 from .recipe import write_atomically
 
 # %% ../../nbs/core/015_evaluations.ipynb #94dce172
@@ -110,10 +111,10 @@ def _into_manifest(path: Path, figures: Mapping[str, Mapping[str, Any]]) -> str:
     if manifest is None:
         raise BotError(f"{path} has no {MANIFEST}.")
     card = path / CARD
-    edited = card.is_file() and card.read_text(encoding="utf-8") != model_card(manifest)
+    edited = card.is_file() and card.read_text(encoding="utf-8") != model_card(asdict(manifest))
     manifest.metrics = manifest.metrics | {name: dict(figure) for name, figure in figures.items()}
     write_atomically(path / MANIFEST, json.dumps(asdict(manifest), indent=2, ensure_ascii=False) + "\n")
     if edited:
         return f"{path / MANIFEST}; {CARD} is not as llmbot writes it, and was left alone"
-    write_atomically(card, model_card(manifest))
+    write_atomically(card, model_card(asdict(manifest)))
     return str(path / MANIFEST)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['write_json', 'copy_file', 'whoami', 'now', 'Record', 'read_record', 'all_files', 'locked', 'staging', 'stage_files',
-           'check_source', 'check_parent', 'register', 'commit', 'verify_version', 'verify_registry', 'needed_by',
-           'delete_version', 'remains', 'gc']
+           'check_source', 'check_parent', 'register', 'commit', 'verify_version', 'verify_registry', 'parent_digests',
+           'needed_by', 'delete_version', 'remains', 'gc']
 
 # %% ../../nbs/core/060_registry.ipynb #bc6131b4
 import getpass
@@ -87,6 +87,7 @@ class Record:
     needs_parent: bool = False  # it cannot run without: an adapter
     size: int = 0  # bytes
     files: dict[str, str] = field(default_factory=dict)  # relative path -> sha256, the manifest and the card among them
+    license: str | None = None  # as whoever registered it said, where the manifest names none
 
 
 def read_record(
@@ -199,6 +200,7 @@ def register(
     name: str | None = None,  # under which it is registered; None: its own
     *,
     note: str = "",  # why, for people
+    license: str | None = None,  # such as apache-2.0, where the bot's manifest names none
     root: Path | None = None,  # None: `registry_directory()`
     timeout_s: float = 60,  # for the lock
 ) -> Place:  # the new version
@@ -219,8 +221,8 @@ def register(
             if manifest is not None and (faults := verify_bot(work)):
                 raise BotError(f"{source} changed while it was copied: {', '.join(faults)}. Nothing was registered.")
             size = sum(path.stat().st_size for path in work.rglob("*") if path.is_file())
-            record = Record(name, 0, bot_digest(work), now(), whoami(), str(source.resolve()), note, manifest.parent if manifest else None,
-                            manifest.parent_digest if manifest else None, needs, size, files)
+            record = Record(name, 0, bot_digest(work), "", whoami(), str(source.resolve()), note, manifest.parent if manifest else None,
+                            manifest.parent_digest if manifest else None, needs, size, files, license)
             with locked(root, timeout_s):
                 check_parent(root, record)
                 return commit(root, work, record)
@@ -231,7 +233,7 @@ def register(
 def commit(
     root: Path,  # a registry, locked
     work: Path,  # the files
-    record: Record,  # its number is still open
+    record: Record,  # its number and its time are still open
 ) -> Place:
     "Give a version its number. The record is written first: a version is there when both are."
     folder = root / record.name
@@ -239,7 +241,7 @@ def commit(
     ends = [path.name.removeprefix(f"{record.name}@").removesuffix(".json") for path in folder.glob(f"{record.name}@*")]
     used = [int(end) for end in ends if end.isdigit()] + [gone["version"] for gone in read_aliases(root, record.name)["deleted"]]
     place = Place(root, record.name, max(used, default=0) + 1)
-    write_json(place.record_path, asdict(record) | {"number": place.number})
+    write_json(place.record_path, asdict(record) | {"number": place.number, "registered": now()})
     os.rename(work, place.directory)
     flush_to_disk(folder, files=False)
     return place
@@ -272,6 +274,15 @@ def verify_registry(
     return {key: found for key, found in faults.items() if found}
 
 # %% ../../nbs/core/060_registry.ipynb #96cab6e3
+def parent_digests(
+    place: Place,  # a version
+) -> list[str]:  # of its base, and of the adapter that was merged into it
+    "The bots that a version was made from."
+    manifest = read_manifest(place.directory)
+    found = [read_record(place).parent_digest, manifest.adapter.get("adapter_digest") if manifest else None]
+    return [digest for digest in found if digest]
+
+
 def needed_by(
     place: Place,  # a version
 ) -> list[str]:  # what needs it, in words
@@ -281,7 +292,7 @@ def needed_by(
     reasons = [f"the alias {place.name}@{alias}" for alias, number in aliases.items() if number == place.number]
     if len(places_with_digest(record.digest, place.root)) > 1:
         return reasons
-    children = [other for other in all_places(place.root) if read_record(other).parent_digest == record.digest]
+    children = [other for other in all_places(place.root) if record.digest in parent_digests(other)]
     return reasons + [f"{other}, which was made from it" for other in children if other != place]
 
 
@@ -299,7 +310,9 @@ def delete_version(
         if reasons := needed_by(place):
             raise BotError(f"{place} is needed by {'; '.join(reasons)}. Nothing was deleted.")
         state = read_aliases(root, place.name)
-        gone = {"version": place.number, "when": now(), "by": whoami(), "digest": read_record(place).digest}
+        record = read_record(place)
+        gone = {"version": place.number, "when": now(), "by": whoami(), "digest": record.digest, "registered": record.registered,
+                "registered_by": record.by}
         state["deleted"] = [*state["deleted"], gone]
         write_json(root / place.name / ALIASES, state)
         trash = root / f".trash-{secrets.token_hex(8)}"

@@ -24,9 +24,10 @@ import numpy as np
 
 from ..core.adapters import COMPARED, probe_rows
 from ..core.architectures import describe_model
-from ..core.bot import EXPORT_METHOD, ONNX_CONFIG, Manifest, bot_digest, bot_writer, check_destination, is_export, package_versions
+from ..core.bot import ONNX_CONFIG, Manifest, bot_digest, bot_writer, check_destination, is_export, package_versions
 from ..core.bot import write_manifest
 from ..core.errors import BotError, ConfigError, require
+from ..core.model_card import EXPORT_METHOD
 from ..core.model_manager import LoadedBot, context_length, load_bot, quiet_bars, whole_model
 from ..monitoring.likelihood import Likelihood, sum_nll
 
