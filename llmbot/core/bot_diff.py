@@ -6,7 +6,7 @@
 __all__ = ['FigureChange', 'number_of', 'compare_figures', 'BotDiff', 'changed', 'changed_data', 'changed_files', 'diff_bots',
            'relation', 'spelt', 'with_interval', 'summary', 'sections', 'diff_table']
 
-# %% ../../nbs/core/064_bot_diff.ipynb #cb777f95
+# %% ../../nbs/core/064_bot_diff.ipynb #0c68cff5
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from html import escape
@@ -19,7 +19,7 @@ from .model_card import about, dotted, shown
 if TYPE_CHECKING:
     from rich.console import Group
 
-# %% ../../nbs/core/064_bot_diff.ipynb #e709bdad
+# %% ../../nbs/core/064_bot_diff.ipynb #7f735c52
 @dataclass(frozen=True)
 class FigureChange:
     "One figure of two bots."
@@ -60,7 +60,7 @@ def compare_figures(
             note = "the intervals overlap" if low[0] <= high[1] and high[0] <= low[1] else "the intervals are apart"
     return FigureChange(name, old, new, new - old if numbers else None, low, high, note)
 
-# %% ../../nbs/core/064_bot_diff.ipynb #ec85ea20
+# %% ../../nbs/core/064_bot_diff.ipynb #20ead1db
 @dataclass(frozen=True)
 class BotDiff:
     "What differs between two bots; what is equal in both is not in it."
@@ -92,7 +92,7 @@ class BotDiff:
             parts.append(f"<h4>{escape(title)}</h4><table><tr>{head}</tr>{body}</table>")
         return "".join(parts)
 
-
+# %% ../../nbs/core/064_bot_diff.ipynb #81399274
 def changed(
     before: Mapping[str, Any],  # name -> value
     after: Mapping[str, Any],
@@ -120,7 +120,7 @@ def changed_files(
             "added": [name for name, (old, _) in both.items() if old is None],
             "changed": [name for name, (old, new) in both.items() if old is not None and new is not None]}
 
-# %% ../../nbs/core/064_bot_diff.ipynb #3717c8a4
+# %% ../../nbs/core/064_bot_diff.ipynb #4831f624
 def diff_bots(
     before: str | Path,  # reference of a bot on this machine
     after: str | Path,  # reference of another one
@@ -157,7 +157,7 @@ def relation(
             return f"{child.name} was made from {parent.name}"
     return ""
 
-# %% ../../nbs/core/064_bot_diff.ipynb #7df45dbc
+# %% ../../nbs/core/064_bot_diff.ipynb #9b05f70d
 def spelt(
     value: Any,  # of a setting or a figure
 ) -> str:
@@ -173,7 +173,7 @@ def with_interval(
     "A figure and its interval in one cell."
     return shown({"value": value, "interval": interval}) if interval else spelt(value)
 
-
+# %% ../../nbs/core/064_bot_diff.ipynb #623468c4
 def summary(
     diff: BotDiff,
 ) -> str:

@@ -295,7 +295,7 @@ def needed_by(
     children = [other for other in all_places(place.root) if record.digest in parent_digests(other)]
     return reasons + [f"{other}, which was made from it" for other in children if other != place]
 
-
+# %% ../../nbs/core/060_registry.ipynb #3b1020c1
 def delete_version(
     ref: str,  # NAME@VERSION
     root: Path | None = None,  # None: `registry_directory()`

@@ -38,7 +38,7 @@ class Decision:
     def __str__(self) -> str:
         return f"{self.gate}: {'passed' if self.passed else 'not passed'}: {self.reason}"
 
-
+# %% ../../nbs/core/061_registry_aliases.ipynb #9af45b41
 def find_figure(
     metrics: Mapping[str, Any],  # as `known_metrics` gives them
     asked: str,  # a name, or the end of it after "/", perhaps with .low or .high
@@ -73,7 +73,7 @@ def compared(
         raise BotError(f"it has no {'interval' if end else 'number'} to compare.")
     return float(value)
 
-# %% ../../nbs/core/061_registry_aliases.ipynb #9f073ed0
+# %% ../../nbs/core/061_registry_aliases.ipynb #f6d45162
 def measured_on(
     figure: Any,  # of a manifest or an evaluation
 ) -> str:
@@ -126,7 +126,7 @@ def move(
     state["history"] = [*state["history"], moved]
     write_json(root / name / ALIASES, state)
 
-
+# %% ../../nbs/core/061_registry_aliases.ipynb #0fc9d9fc
 @dataclass(frozen=True)
 class Promotion:
     "What an alias means now, and past which gates."
@@ -167,7 +167,7 @@ def remove_alias(
         find_version(f"{name}@{check_name(alias, 'alias')}", root)
         move(root, name, alias, None, "remove")
 
-# %% ../../nbs/core/061_registry_aliases.ipynb #50e84c85
+# %% ../../nbs/core/061_registry_aliases.ipynb #bba64490
 def latest_history(
     root: Path,  # a registry
     name: str,  # of a bot in it
