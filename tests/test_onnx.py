@@ -96,8 +96,9 @@ def same_as_torch(bot: Path, export: Path, lengths: tuple[int, ...], new: int = 
         assert "".join(c.text for c in found) == "".join(c.text for c in expected)
 
 
-def test_greedy_answers_are_those_of_torch(home: Path) -> None:
-    same_as_torch(home / "qwen", home / "export", (1, 5, 40, 100), prefill_chunk=16)
+@pytest.mark.parametrize("batching", [True, False])
+def test_greedy_answers_are_those_of_torch(home: Path, batching: bool) -> None:
+    same_as_torch(home / "qwen", home / "export", (1, 5, 40, 100), prefill_chunk=16, batching=batching)
 
 
 def test_caches_are_bounded_and_requests_wait_for_room(home: Path) -> None:
@@ -183,7 +184,7 @@ def test_closing_a_stream_frees_its_place_within_one_step(home: Path) -> None:
         at_close = len(task.ids)
         await read(backend, prompt(5), max_new_tokens=30, **GREEDY)
         assert len(task.ids) <= at_close + 1
-        assert not runner.generators
+        assert not len(runner.caches)
         assert backend.load().kv_tokens == 0
         await backend.stop()
 
@@ -199,7 +200,7 @@ def test_a_failure_and_a_stop_reach_their_readers(home: Path) -> None:
         assert backend._runner is not None
         long = asyncio.create_task(read(backend, prompt(5), max_new_tokens=900, ignore_eos=True))
         bad = asyncio.create_task(read(backend, prompt(6), max_new_tokens=900, ignore_eos=True))
-        while len(backend._runner.generators) < 2:
+        while len(backend._runner.caches) < 2:
             await asyncio.sleep(0)
         victim = next(task for task in backend._runner.running if task.prompt == 6)
         victim.ids.append(10**6)  # the graph has no such row in its embedding

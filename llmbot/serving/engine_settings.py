@@ -36,6 +36,7 @@ class OnnxSettings:
     "Settings of the onnx backend."
 
     provider: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="What it runs on; auto: what it was exported for")
+    batching: bool = Field(default=True, description="Answers run as one batch where the graph allows it; false: each in turn, by genai")
     intra_op_num_threads: Size | None = Field(default=None, description="Threads of one operator; unset: as the export says")
     kv_cache_tokens: Size | None = Field(
         default=None, description="Tokens that caches are allocated for; unset: all concurrent answers at full context")
