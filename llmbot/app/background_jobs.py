@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HEAVY', 'Tell', 'Status', 'job_context', 'said_of', 'leave_with_parent', 'carry_out', 'Standing', 'ending', 'Job']
 
-# %% ../../nbs/app/548_background_jobs.ipynb #8c218448
+# %% ../../nbs/app/548_background_jobs.ipynb #60435bfe
 import multiprocessing
 import os
 import signal
@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from ..core.errors import LLMBotError, storage_reason
 
-# %% ../../nbs/app/548_background_jobs.ipynb #6807b85b
+# %% ../../nbs/app/548_background_jobs.ipynb #506c759c
 HEAVY = ["torch", "transformers", "llmbot.core.model_manager"]  # imported once, for all jobs
 Tell = Callable[[int, int], None]  # (done, in all): how far the work is
 
@@ -43,7 +43,7 @@ def said_of(error: Exception) -> str:
     traceback.print_exception(error, file=sys.stderr)
     return f"Something in llmbot failed ({type(error).__name__}: {error}); the log has the details."
 
-# %% ../../nbs/app/548_background_jobs.ipynb #83ea7d87
+# %% ../../nbs/app/548_background_jobs.ipynb #161df7a4
 def leave_with_parent() -> None:
     "End this process when the one that wanted the work is gone."
     parent = multiprocessing.parent_process()
@@ -74,7 +74,7 @@ def carry_out(
     except Exception as exc:
         outlet.send(("error", said_of(exc)))
 
-# %% ../../nbs/app/548_background_jobs.ipynb #9659fb4d
+# %% ../../nbs/app/548_background_jobs.ipynb #d0128080
 Status = Literal["running", "done", "failed", "cancelled"]
 
 
@@ -111,7 +111,7 @@ class Standing:
             raise LLMBotError(self.error or f"'{self.title}' was cancelled.")
         return self.result
 
-# %% ../../nbs/app/548_background_jobs.ipynb #df7aa226
+# %% ../../nbs/app/548_background_jobs.ipynb #f464f1ba
 def ending(
     last: tuple[Any, ...],  # what the process said at last; empty when it said nothing
     code: int,  # its exit code; negative: the signal that ended it
@@ -125,7 +125,7 @@ def ending(
     hint = " Systems do that when memory runs out." if how == "SIGKILL" else ""
     return "failed", None, f"The work ended without a result: its process was ended by {how}.{hint}"
 
-# %% ../../nbs/app/548_background_jobs.ipynb #c33249ce
+# %% ../../nbs/app/548_background_jobs.ipynb #91c4a86a
 class Job(Standing):
     "Work in a process of its own."
 
@@ -140,12 +140,14 @@ class Job(Standing):
         self._inlet, outlet = multiprocessing.Pipe(duplex=False)
         given = (outlet, str(Path(directory).resolve()), work, arguments)
         self._process = job_context().Process(target=carry_out, args=given, daemon=True)
+        threading.Thread(target=self._follow, args=(outlet,), name=f"job {title}", daemon=True).start()
+
+    def _follow(self, outlet: Connection) -> None:
+        "Start the process, which waits for the imports of the first, and take what it says until it ends."
         self._process.start()
         outlet.close()
-        threading.Thread(target=self._listen, name=f"job {title}", daemon=True).start()
-
-    def _listen(self) -> None:
-        "Take what the process says until it ends."
+        if self.status == "cancelled":
+            self._process.terminate()
         last: tuple[Any, ...] = ()
         try:
             while True:
@@ -165,7 +167,5 @@ class Job(Standing):
         "End it at once; nothing that it had not finished is kept."
         if self.running:
             self.status = "cancelled"
-            self._process.terminate()
-            if not self.over.wait(3):
-                self._process.kill()
-                self.over.wait(3)
+            if self._process.pid is not None:
+                self._process.terminate()
