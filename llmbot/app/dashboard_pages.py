@@ -240,6 +240,7 @@ class DashboardPage:
 
 PAGES: dict[str, DashboardPage] = {}
 PAGE_MODULES: list[str] = [  # register pages when they are imported
+    "llmbot.app.dashboard_data",
 ]
 Build = Callable[[Desk], Any]
 

@@ -6,7 +6,7 @@
 __all__ = ['UNSET', 'COLOURS', 'DASHES', 'Line', 'Pulse', 'job_html', 'JobView', 'widget_for', 'value_in', 'FormView', 'placed',
            'figure_of', 'CurvesView']
 
-# %% ../../nbs/app/580_dashboard_parts.ipynb #c4acd467
+# %% ../../nbs/app/580_dashboard_parts.ipynb #6f1c55f5
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from html import escape
@@ -19,7 +19,7 @@ from .dashboard_views import html_pane, notice_html, toolkit
 from .form_fields import FormCheck, FormField, to_text
 from ..core.config import Config
 
-# %% ../../nbs/app/580_dashboard_parts.ipynb #d6763f9d
+# %% ../../nbs/app/580_dashboard_parts.ipynb #63a8b934
 class Pulse:
     "Calls something again and again while it is wanted and the visit lasts."
 
@@ -58,7 +58,7 @@ class Pulse:
             self.clock.stop()
             self.clock = None
 
-# %% ../../nbs/app/580_dashboard_parts.ipynb #12f2e96e
+# %% ../../nbs/app/580_dashboard_parts.ipynb #23d52a17
 def job_html(job: Job) -> str:
     "How a job stands: its title, a bar, and how long it has taken."
     far = f"{job.done:,} of {job.total:,}, " if job.total else ""
@@ -66,7 +66,7 @@ def job_html(job: Job) -> str:
     return (f"<p role='status'>{escape(job.title)} …</p><progress style='width:100%' aria-label='{escape(job.title, quote=True)}'{known}>"
             f"</progress><p class='quiet'>{far}{job.seconds:.0f} s</p>")
 
-
+# %% ../../nbs/app/580_dashboard_parts.ipynb #6f1d2803
 class JobView:
     "A job with a button that ends it; when it is over, the page gets what came of it."
 
@@ -106,14 +106,12 @@ class JobView:
             return
         self.job, self.cancel.visible = None, False
         self.pulse.stop()
+        why = notice_html(job.error or f"{job.title}: cancelled.", "error" if job.error else "info")
+        self.words.object = "" if job.status == "done" else why
         if job.status == "done":
-            self.words.object = ""
             self.result(job.result)
-        else:
-            failed = job.status == "failed"
-            self.words.object = notice_html(job.error if failed else f"{job.title}: cancelled.", "error" if failed else "info")
 
-# %% ../../nbs/app/580_dashboard_parts.ipynb #e95a5b46
+# %% ../../nbs/app/580_dashboard_parts.ipynb #7d94ae3b
 UNSET = "(unset)"
 
 
@@ -148,7 +146,7 @@ def value_in(field: FormField, widget: Any) -> Any:
         return None
     return widget.value if widget.value is not None else ""
 
-# %% ../../nbs/app/580_dashboard_parts.ipynb #d415e06e
+# %% ../../nbs/app/580_dashboard_parts.ipynb #20f57805
 class FormView:
     "Some settings as a form."
 
@@ -185,7 +183,7 @@ class FormView:
                                     color="error" if words else "primary")
         return sum(field.key in check.errors for field in self.fields)
 
-# %% ../../nbs/app/580_dashboard_parts.ipynb #5078ac36
+# %% ../../nbs/app/580_dashboard_parts.ipynb #1ac06f73
 def placed(
     cfg: Config,  # as it was filled in
     root: Path,  # the dashboard's folder
@@ -199,7 +197,7 @@ def placed(
                     tokenizer=there(cfg.model.tokenizer) if cfg.model.tokenizer else None)
     return replace(cfg, data=data, model=model, training=replace(cfg.training, output_dir=str(root.resolve() / cfg.training.output_dir)))
 
-# %% ../../nbs/app/580_dashboard_parts.ipynb #6488b417
+# %% ../../nbs/app/580_dashboard_parts.ipynb #8c33725e
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#8c6bb1", "#7f7f7f")  # told apart by the colour-blind
 DASHES = ("solid", "dashed", "dotted", "dotdash")
 Line = Sequence[tuple[int, float]]  # step and value
@@ -228,7 +226,7 @@ def figure_of(
         plot.legend.update(location="top_right", click_policy="hide", background_fill_alpha=0.6, label_text_font_size="9pt")
     return plot, sources
 
-# %% ../../nbs/app/580_dashboard_parts.ipynb #37c7c776
+# %% ../../nbs/app/580_dashboard_parts.ipynb #1914b9a6
 class CurvesView:
     "Curves over each other, which grow."
 
