@@ -93,9 +93,9 @@ def commands() -> list[list[str]]:
 
 def test_the_commands_are_there() -> None:
     assert {" ".join(c) for c in commands()} == {
-        "quickstart", "train", "evaluate", "compare", "chat", "serve", "data inspect", "models list", "models show", "models diff",
-        "models card", "models verify", "models presets", "models merge", "models register", "models promote", "models rollback",
-        "models alias", "models delete", "models gc", "plan", "lr-find", "data show-batch", "config show",
+        "quickstart", "train", "evaluate", "compare", "lm-eval", "chat", "serve", "data inspect", "models list", "models show",
+        "models diff", "models card", "models verify", "models presets", "models merge", "models register", "models promote",
+        "models rollback", "models alias", "models delete", "models gc", "plan", "lr-find", "data show-batch", "config show",
         "config validate", "config schema", "config init", "export onnx", "tracking sync", "verify"}
 
 
@@ -156,7 +156,11 @@ MISTAKES: dict[str, tuple[list[str], int, list[str]]] = {
     "report into a directory that is not there": (
         ["evaluate", "tiny", "--data", "chats.jsonl", "-o", "absent/report.json"], 1, ["absent/report.json"]),
     "nothing to compare on": (["compare", "tiny", "tiny"], 3, ["--data"]),
-    "a metric that compares no answers": (["compare", "tiny", "tiny", "--data", "chats.jsonl", "--metrics", "loss"], 2, ["loss"]),
+    "a metric without an interval": (["compare", "tiny", "tiny", "--data", "chats.jsonl", "--metrics", "distinct1"], 2, ["distinct1"]),
+    "a judge of no answers": (["compare", "tiny", "tiny", "--data", "chats.jsonl", "--metrics", "loss", "--judge", "tiny"], 2, ["judge"]),
+    "a server's model of no server": (["evaluate", "tiny", "--data", "chats.jsonl", "--model", "big"], 2, ["--model", "address"]),
+    "no lm_eval": (["lm-eval", "tiny", ".", "--lm-eval-command", "absent-lm-eval"], 7, ["absent-lm-eval", "LLMBOT_LM_EVAL"]),
+    "a window beyond the context": (["evaluate", "tiny", "--data", "chats.jsonl", "--window", "99999"], 2, ["99999", "context"]),
     "nothing to serve": (["serve"], 2, ["serving.models"]),
     "open to all without a token": (["serve", "tiny", "--host", "0.0.0.0"], 2, ["serving.token", "LLMBOT_SERVING__TOKEN"]),
     "short token": (["serve", "tiny", "--token", "hunter2"], 2, ["serving.token"]),

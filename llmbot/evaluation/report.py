@@ -40,6 +40,13 @@ class GroupResult:
     name: str
     rows: int
     metrics: dict[str, float]
+    intervals: dict[str, Interval] = field(default_factory=dict)
+
+    def cell(self, name: str) -> str:
+        "A figure with its interval, to be read; empty where there is none for these rows."
+        if name not in self.metrics:
+            return ""
+        return f"{self.metrics[name]:.4g}" + (f" {self.intervals[name]}" if name in self.intervals else "")
 
 # %% ../../nbs/evaluation/400_report.ipynb #d14843d5
 @dataclass(repr=False)
@@ -54,9 +61,20 @@ class EvaluationReport:
     examples: list[AnsweredRow] = field(default_factory=list)  # of each group, the wrong ones first
     dropped: dict[str, Loss] = field(default_factory=dict)  # reason -> rows that were left out
     unfinished: int = 0  # answers that reached max_new_tokens without a stop token
-    settings: dict[str, Any] = field(default_factory=dict)  # backend, max_new_tokens, dtype, ...
+    settings: dict[str, Any] = field(default_factory=dict)  # backend, max_new_tokens, window, stride, ...
     seconds: float = 0.0
-    intervals: dict[str, Interval] = field(default_factory=dict)  # 95 %, of the metrics of answers
+    intervals: dict[str, Interval] = field(default_factory=dict)  # 95 %, by resampling rows, or windows of long texts
+    fingerprint: str = ""  # of the rows, whatever the bot
+    digest: str | None = None  # of the bot; None for a server or a hub model
+    date: str = ""  # ISO 8601, UTC
+    scores: dict[str, list[float]] = field(default_factory=dict)  # of each row, by the first metric that scores single rows
+    notes: list[str] = field(default_factory=list)  # what a reader should know besides
+
+    @property
+    def split(self) -> str:
+        "What the rows are called: the files' names, and how many of their rows where not all were taken."
+        names = "+".join(item if item.startswith("hf:") else Path(item).name for item in self.data)
+        return names + (f"[:{self.settings['max_rows']}]" if self.settings.get("max_rows") else "")
 
     def to_dict(self) -> dict[str, Any]:
         "As plain JSON."
@@ -81,21 +99,22 @@ def _lines(report: EvaluationReport) -> tuple[list[str], list[list[str]], str]:
     "Header, rows and footnote of a report."
     names = list(report.metrics)
     everything = GroupResult("all" if report.groups else report.bot, report.rows, report.metrics)
-    body = [[g.name, str(g.rows), *(f"{g.metrics[n]:.4g}" for n in names)] for g in [*report.groups, everything]]
-    body[-1][2:] = [f"{cell} {report.intervals[n]}" if n in report.intervals else cell for n, cell in zip(names, body[-1][2:], strict=True)]
-    notes = [", ".join(report.data)]
+    everything.intervals = report.intervals
+    body = [[g.name, str(g.rows), *(g.cell(name) for name in names)] for g in [*report.groups, everything]]
+    notes = [f"{report.split}, {report.rows} rows" + (f", measured {report.date}" if report.date else "")]
     notes += [f"left out, rows: {loss.count}: {loss.detail}" for loss in report.dropped.values()]
     notes += [f"{name}: {value}" for name, value in report.settings.items() if name.endswith("_signature")]
     if report.intervals:
-        notes.append("in brackets: 95 % interval by resampling rows")
+        notes.append(f"in brackets: 95 % interval by resampling {report.settings.get('resampled', 'rows')}")
     if report.unfinished:
         notes.append(f"{report.unfinished} answers did not end within {report.settings['max_new_tokens']} tokens")
+    notes += report.notes
     header = ["", "rows", *names]
     if len(names) > max(len(body), 3):  # more figures than a line holds: each gets a line
         header, *body = map(list, zip(header, *body, strict=True))
     return header, body, "\n".join(notes)
 
-
+# %% ../../nbs/evaluation/400_report.ipynb #a7a3d007
 def report_table(report: EvaluationReport) -> "Group":
     "A table and its notes, for rich."
     from rich.console import Group
