@@ -78,7 +78,7 @@ NEEDS: dict[str, dict[str, Any]] = {  # settings that mean something only beside
     "model.revision": {"model.base": "hf:a/b"}, "data.streaming": {"training.max_steps": 10**6},
     "monitoring.sample_steps": {"monitoring.sample_prompts": ["hi"]},
     "training.min_lr_ratio": {"training.lr_scheduler_type": "cosine_with_min_lr"}, "lora.merge_tolerance": {"lora.merge": True},
-    "data.weights": {"data.train": ["a", "b"]},
+    "data.weights": {"data.train": ["a", "b"]}, "monitoring.otlp_endpoint": {"monitoring.opentelemetry": True},
     "model.quantization": {"model.base": "a", "training.method": "lora"}, "training.early_stopping_patience": {"training.eval_steps": 5},
     "training.keep_best": {"training.eval_steps": 5}, "training.group_by_length": {"training.packing": False},
     "training.max_tokens_per_batch": {"training.packing": False}, "serving.rate_limit_storage": {"serving.rate_limit": "60/minute"}}

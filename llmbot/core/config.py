@@ -154,6 +154,8 @@ def monitoring_conflicts(monitoring: "MonitoringConfig") -> Iterator[Conflict]:
         yield Conflict(("sample_steps", "sample_prompts"), "there is no prompt to sample: list some, or drop it")
     if len(set(monitoring.trackers)) < len(monitoring.trackers):
         yield Conflict(("trackers",), "the same tracker is listed twice")
+    if monitoring.otlp_endpoint and not monitoring.opentelemetry:
+        yield Conflict(("otlp_endpoint", "opentelemetry"), "nothing is sent there: switch 'opentelemetry' on, or drop the address")
 
 
 @section("monitoring")
@@ -172,12 +174,16 @@ class MonitoringConfig:
     resource_interval_s: Annotated[float, Field(ge=0.1)] | None = Field(
         default=10, description="Seconds between two readings of CPU, memory, disk and GPUs; null: none are taken")
     log_format: Literal["text", "json"] = Field(default="text", description="How the server logs: lines to read, or one JSON object each")
-    log_prompts: bool = Field(default=False, description="Also log what is asked and answered; off: no text of a user's is logged")
+    log_prompts: bool = Field(default=False, description="Also log what is asked and answered, and put it into traces; off: no user's text")
     error_log: Name | None = Field(default=None, description="File that errors are added to as lines of JSON; unset: none is written")
     sentry_dsn: SecretStr | None = Field(default=None, description="Sentry project that errors are reported to; unset: none is")
     metrics: Names = Field(default_factory=list, description="Prometheus metrics of one's own: MODULE:FUNCTION, with @metric above it")
     metrics_access: Literal["key", "open", "admin", "off"] = Field(
         default="key", description="Who may read /metrics: whoever has a key where one is asked for; anybody; the administrator; nobody")
+    opentelemetry: bool = Field(default=False, description="Send traces and metrics of the server by OTLP over HTTP")
+    otlp_endpoint: Annotated[str, Field(pattern=r"^https?://[^\s@/]+(/[^\s@]*)?$")] | None = Field(
+        default=None, json_schema_extra={"expected": "an address such as http://127.0.0.1:4318, without a login"},
+        description="OpenTelemetry collector; unset: OTEL_EXPORTER_OTLP_ENDPOINT")
 
     @model_validator(mode="after")
     def _refuse_conflicts(self) -> Self:

@@ -25,17 +25,18 @@ from ..core.config_io import LiveConfig
 from ..core.errors import ConfigError, ServingError
 from ..core.serving_config import is_loopback
 from ..monitoring.logs import JsonFormatter
+from ..monitoring.telemetry import Telemetry, Traced
 from .access import LIMIT_HEADERS, Doorkeeper, Keys, RateLimits
 from .admin_api import admin_router
 from .bot_api import bot_router
 from .conversation_api import conversation_router
 from .conversations import Conversations
 from .embeddings_api import embeddings_router
-from .http_guard import ERRORS, BodyReader, Observe, RequestBounds, RequestNames, install_error_handlers
+from .http_guard import ERRORS, BodyReader, Observe, RequestBounds, RequestNames, handler_of, install_error_handlers
 from .hosting import UnknownModelError
 from .model_server import ModelServer
 from .openai_api import openai_router
-from .status_api import open_paths, status_router
+from .status_api import OPEN_PATHS, open_paths, status_router
 from .tokens_api import tokens_router
 
 # %% ../../nbs/serving/390_api_server.ipynb #e9513bee
@@ -43,6 +44,7 @@ def add_middlewares(
     app: FastAPI,
     cfg: Config,
     observe: Observe,  # is told of every request when it has been answered
+    telemetry: Telemetry | None = None,  # makes a span for each
 ) -> None:
     "What a request goes through before a route sees it; the last one added is the first. Raises `ConfigError`."
     settings = cfg.serving
@@ -60,6 +62,8 @@ def add_middlewares(
             expose_headers=["X-Request-Id", "Retry-After", *LIMIT_HEADERS],
         )
     app.add_middleware(RequestBounds)
+    if telemetry is not None:
+        app.add_middleware(Traced, telemetry=telemetry, route=handler_of, skip=[*OPEN_PATHS, "/metrics"])
     app.add_middleware(RequestNames, observe=observe)
 
 # %% ../../nbs/serving/390_api_server.ipynb #500d2925
@@ -87,7 +91,7 @@ def create_app(
             server.metrics.of("other").failed(error.code or "model_not_found")
 
     install_error_handlers(app, refused)
-    add_middlewares(app, bots.live.current, server.metrics.http)
+    add_middlewares(app, bots.live.current, server.metrics.http, server.telemetry)
     return app
 
 # %% ../../nbs/serving/390_api_server.ipynb #b90a113c

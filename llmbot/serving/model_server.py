@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['T', 'logger', 'Visit', 'engine_room', 'admitted', 'prepare_request', 'stream_answer', 'Embedding',
            'prepare_embedding', 'Readiness', 'Serving', 'admission_limits', 'deadline', 'error_log', 'watched', 'look',
-           'new_meter', 'server_stats', 'Managed', 'ModelServer', 'whole_answer', 'embed_prompt']
+           'telemetry_of', 'new_visit', 'server_stats', 'Managed', 'ModelServer', 'operation_of', 'whole_answer',
+           'embed_prompt']
 
 # %% ../../nbs/serving/356_model_server.ipynb #019046f9
 import asyncio
@@ -26,12 +27,13 @@ from ..monitoring.logs import fact, log_answer, note
 from ..monitoring.metrics_logger import load_metrics
 from ..monitoring.resources import ResourceMonitor
 from ..monitoring.serving_metrics import ServerMetrics, refresh
+from ..monitoring.telemetry import Span, Telemetry
 from .admission import Admission, InFlight, Leash, Limits, Room, drain
 from .backends import Backend, Embedder, LoadReporter, check_context, check_supported
 from .engine import RestartPolicy, next_token
 from .hosting import HostedBot, Hosting, chat_format, host, lease, remove
 from .prompts import ChatPrompt, Prompt, encode_prompt, sampling_params
-from .request_stats import Meter, ModelStats
+from .request_stats import Meter, ModelStats, code_of
 from .sampling_params import Chunk, GenerationRequest, RequestError, SamplingParams
 
 T = TypeVar("T")
@@ -46,6 +48,7 @@ class Visit:
     key: str | None  # whose it is
     meter: Meter
     prompt: Any = None  # for the log, where it may stand there
+    span: Span | None = None  # for OpenTelemetry, where it is on
 
 
 def engine_room(backend: Backend) -> Callable[[], Room]:
@@ -61,7 +64,7 @@ async def admitted(
     prepare: Callable[[Backend], Awaitable[tuple[T, int]]],  # makes the engine's request, and says how many tokens it needs
 ) -> AsyncIterator[tuple[Backend, T]]:
     "A request's turn: the block runs it. Raises `RequestError` when it is refused or cut short."
-    place, error = None, None
+    place, error, request = None, None, None
     try:
         place = turn = admission.enter(visit.key)
         async with lease(visit.bot, visit.leash) as backend:
@@ -76,7 +79,11 @@ async def admitted(
     finally:
         if place is not None:
             admission.leave(place)
-        log_answer(logger, visit.meter.book(error), visit.prompt)
+        ended = visit.meter.book(error)
+        log_answer(logger, ended, visit.prompt)
+        if visit.span is not None:
+            code = code_of(error) if ended.finish_reason == "error" else ""
+            visit.span.end(ended, getattr(request, "params", None), code, visit.key, visit.prompt)
 
 # %% ../../nbs/serving/356_model_server.ipynb #095c80db
 async def prepare_request(
@@ -157,6 +164,7 @@ class Serving:
         load_metrics(live.current.monitoring.metrics)
         self.errors = ErrorHandler(error_log(live.current, lambda *what: self.metrics.exception(*what)), lambda: fact("request_id"))
         self.metrics, self.monitor = ServerMetrics(__version__), watched(self, live.current.monitoring.resource_interval_s)
+        self.telemetry = telemetry_of(live.current)
         self.bots, self.in_flight, self.total = Hosting(live, policy), InFlight(), ModelStats()
         self.admission, self._began = Admission(lambda: admission_limits(self.bots.serving)), time.monotonic()
 
@@ -179,6 +187,8 @@ class Serving:
         await self.bots.stop()
         if self.monitor is not None:
             await asyncio.to_thread(self.monitor.stop)
+        if self.telemetry is not None:
+            await asyncio.to_thread(self.telemetry.close)
         self.metrics.page.close()
         logging.getLogger("llmbot").removeHandler(self.errors)
 
@@ -247,10 +257,26 @@ def look(server: "Serving") -> None:
     refresh(server.metrics, bool(server.ready), engines)
 
 
-def new_meter(server: "Serving", bot: HostedBot, request_id: str) -> Meter:
-    "What follows a new request."
+def telemetry_of(cfg: Config) -> Telemetry | None:
+    "What sends to OpenTelemetry, where it is on. Raises `MissingExtraError` and `ConfigError`."
+    return Telemetry(__version__, cfg.monitoring.otlp_endpoint) if cfg.monitoring.opentelemetry else None
+
+
+def new_visit(
+    server: "Serving",
+    bot: HostedBot,
+    leash: Leash,
+    request_id: str,
+    key: str | None,  # whose request it is
+    prompt: Any,
+    operation: str,  # as OpenTelemetry calls it
+) -> Visit:
+    "A new request, and what follows it."
+    note(model=bot.name)
     texts, series = server.bots.live.current.monitoring.log_prompts, server.metrics.of(bot.name)
-    return Meter(bot.stats, server.total, series=series, request_id=request_id, texts=texts)
+    meter = Meter(bot.stats, server.total, series=series, request_id=request_id, texts=texts)
+    span = server.telemetry.begin(operation) if server.telemetry is not None else None
+    return Visit(bot, leash, key, meter, prompt if texts else None, span)
 
 # %% ../../nbs/serving/356_model_server.ipynb #c12f53ae
 def server_stats(server: Serving) -> dict[str, Any]:
@@ -324,9 +350,7 @@ class ModelServer(Managed):
         "Answer one prompt; closing the generator cancels. Raises `RequestError` when it is refused or cut short."
         bot, allowed = self.bots.find(model), deadline(self.bots.serving, timeout_s)
         with self.in_flight.open(request_id, *allowed) as (name, leash):
-            note(model=bot.name)
-            logged = prompt if self.bots.live.current.monitoring.log_prompts else None
-            visit = Visit(bot, leash, key, new_meter(self, bot, name), logged)
+            visit = new_visit(self, bot, leash, name, key, prompt, operation_of(prompt))
             async with admitted(self.admission, visit, lambda b: prepare_request(b, bot, prompt, params, name)) as (backend, request):
                 async with aclosing(stream_answer(visit, backend, request)) as chunks:
                     async for chunk in chunks:
@@ -343,12 +367,17 @@ class ModelServer(Managed):
         "One prompt as a vector. Raises `RequestError` when it is refused, or the engine has no embeddings."
         bot, allowed = self.bots.find(model), deadline(self.bots.serving, timeout_s)
         with self.in_flight.open(request_id, *allowed) as (name, leash):
-            note(model=bot.name)
-            visit = Visit(bot, leash, key, new_meter(self, bot, name))
+            visit = new_visit(self, bot, leash, name, key, prompt, "embeddings")
             async with admitted(self.admission, visit, lambda b: prepare_embedding(b, bot, prompt)) as (backend, ids):
                 return await embed_prompt(visit, backend, ids)
 
 # %% ../../nbs/serving/356_model_server.ipynb #320ff626
+def operation_of(prompt: Prompt) -> str:
+    "What OpenTelemetry calls an answer to a prompt."
+    turns = prompt.messages if isinstance(prompt, ChatPrompt) else prompt
+    return "chat" if not isinstance(turns, str) and all(isinstance(turn, Mapping) for turn in turns) else "text_completion"
+
+
 def _from_any_thread(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:
     "Have `call` run in the event loop soon; a `LiveConfig` may be updated in any thread."
     loop.call_soon_threadsafe(call)
