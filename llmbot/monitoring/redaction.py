@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HIDDEN', 'WORDS', 'TOKEN', 'SECRET_NAME', 'NAMED', 'ASSIGNED', 'QUOTED', 'FORMS', 'PATTERNS', 'SHORTEST',
-           'SHORTEST_LINE', 'is_secret_name', 'hide_if', 'spellings', 'Redactor']
+           'SHORTEST_LINE', 'is_secret_name', 'hide_if', 'spellings', 'TextRedactor', 'Redactor']
 
 # %% ../../nbs/monitoring/100_redaction.ipynb #1909ea7c
 import json
@@ -68,8 +68,8 @@ def spellings(
         yield from (line.strip() for line in lines if len(line.strip()) >= SHORTEST_LINE and not line.startswith("-----"))
 
 # %% ../../nbs/monitoring/100_redaction.ipynb #a85d61af
-class Redactor:
-    "Hides secrets in text and in nested values; safe to share between threads."
+class TextRedactor:
+    "Hides secrets in text."
 
     def __init__(
         self,
@@ -90,6 +90,10 @@ class Redactor:
         for pattern, instead in PATTERNS:
             text = pattern.sub(instead, text)
         return text
+
+# %% ../../nbs/monitoring/100_redaction.ipynb #06bce43d
+class Redactor(TextRedactor):
+    "Hides secrets in text and in nested values; safe to share between threads."
 
     def value(
         self,

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SPAN_NAMES', 'COUNTS', 'HISTOGRAMS', 'ASKED', 'SILENT', 'logger', 'wanted', 'address', 'resource_of',
            'tracer_provider', 'meter_provider', 'facts_of', 'message', 'texts_of', 'Span', 'Seen', 'Measuring',
-           'Telemetry', 'Traced']
+           'Tracing', 'Telemetry', 'Traced']
 
 # %% ../../nbs/monitoring/150_telemetry.ipynb #ad324bee
 import contextlib
@@ -237,8 +237,48 @@ class Measuring:
         for kind, count in (("input", ended.prompt_tokens), ("output", ended.completion_tokens)):
             self._record("gen_ai.client.token.usage", count or None, {**labels, "gen_ai.token.type": kind})
 
+# %% ../../nbs/monitoring/150_telemetry.ipynb #e52f0b60
+class Tracing(Measuring):
+    "The spans of HTTP requests."
+
+    tracer: Any  # None where traces are switched off
+    propagator: Any  # reads `traceparent`
+
+    def failed(self, reason: str) -> Any:  # of the SDK
+        "The status of a span."
+        from opentelemetry.trace import Status, StatusCode
+
+        return Status(StatusCode.ERROR, reason)
+
+    @contextlib.contextmanager
+    def request(
+        self,
+        scheme: str,
+        method: str,
+        headers: Mapping[str, str],  # in small letters; `traceparent` and `tracestate` say whose trace it is
+    ) -> Iterator[Seen]:  # to be filled in
+        "One HTTP request, from its arrival to its last byte."
+        from opentelemetry.trace import SpanKind, use_span
+
+        seen, began, context = Seen(scheme, method), time.perf_counter(), self.propagator.extract(headers)
+        span = self.tracer.start_span(method, context, SpanKind.SERVER) if self.tracer is not None else None
+        if span is not None:
+            note(trace_id=f"{span.get_span_context().trace_id:032x}")
+        try:
+            with use_span(span, record_exception=False, set_status_on_exception=False) if span else contextlib.nullcontext():
+                yield seen
+        finally:
+            facts = seen.facts()
+            self._record("http.server.request.duration", time.perf_counter() - began, facts)
+            if span is not None:
+                span.update_name(" ".join(filter(None, (facts["http.request.method"], seen.route))))
+                span.set_attributes(facts)
+                if "error.type" in facts:
+                    span.set_status(self.failed(facts["error.type"]))
+                span.end()
+
 # %% ../../nbs/monitoring/150_telemetry.ipynb #06de0fa7
-class Telemetry(Measuring):
+class Telemetry(Tracing):
     "Spans and measurements of one server. Raises `MissingExtraError` without the SDK, and `ConfigError` for what it cannot send."
 
     def __init__(
@@ -261,46 +301,13 @@ class Telemetry(Measuring):
             name: meter.create_histogram(name, unit, text, explicit_bucket_boundaries_advisory=bounds)
             for name, (unit, bounds, text) in HISTOGRAMS.items()
         }  # fmt: skip
-        self._headers = TraceContextTextMapPropagator()
+        self.propagator = TraceContextTextMapPropagator()
 
     def begin(self, operation: str) -> Span:  # see `Span.end`
         "An answer is asked for: `chat`, `text_completion` or `embeddings`."
         from opentelemetry.context import get_current
 
         return Span(self, operation, get_current(), time.time_ns())
-
-    def failed(self, reason: str) -> Any:  # of the SDK
-        "The status of a span."
-        from opentelemetry.trace import Status, StatusCode
-
-        return Status(StatusCode.ERROR, reason)
-
-    @contextlib.contextmanager
-    def request(
-        self,
-        scheme: str,
-        method: str,
-        headers: Mapping[str, str],  # in small letters; `traceparent` and `tracestate` say whose trace it is
-    ) -> Iterator[Seen]:  # to be filled in
-        "One HTTP request, from its arrival to its last byte."
-        from opentelemetry.trace import SpanKind, use_span
-
-        seen, began, context = Seen(scheme, method), time.perf_counter(), self._headers.extract(headers)
-        span = self.tracer.start_span(method, context, SpanKind.SERVER) if self.tracer is not None else None
-        if span is not None:
-            note(trace_id=f"{span.get_span_context().trace_id:032x}")
-        try:
-            with use_span(span, record_exception=False, set_status_on_exception=False) if span else contextlib.nullcontext():
-                yield seen
-        finally:
-            facts = seen.facts()
-            self._record("http.server.request.duration", time.perf_counter() - began, facts)
-            if span is not None:
-                span.update_name(" ".join(filter(None, (facts["http.request.method"], seen.route))))
-                span.set_attributes(facts)
-                if "error.type" in facts:
-                    span.set_status(self.failed(facts["error.type"]))
-                span.end()
 
     def close(self, wait_s: float = 5.0) -> None:  # how long it may take
         "Send what is left; what does not go in time is lost, and that is logged."

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['T', 'logger', 'Visit', 'engine_room', 'admitted', 'prepare_request', 'stream_answer', 'Embedding',
            'prepare_embedding', 'Readiness', 'Serving', 'admission_limits', 'deadline', 'error_log', 'watched', 'look',
-           'telemetry_of', 'new_visit', 'server_stats', 'Managed', 'ModelServer', 'operation_of', 'whole_answer',
-           'embed_prompt']
+           'begin_watching', 'end_watching', 'telemetry_of', 'new_visit', 'server_stats', 'Managed', 'ModelServer',
+           'operation_of', 'whole_answer', 'embed_prompt']
 
 # %% ../../nbs/serving/356_model_server.ipynb #019046f9
 import asyncio
@@ -172,9 +172,7 @@ class Serving:
         loop = asyncio.get_running_loop()
         self._unsubscribe = self.bots.live.on_change(lambda old, new: _from_any_thread(loop, self.admission.admit))
         await self.bots.start()
-        logging.getLogger("llmbot").addHandler(self.errors)
-        if self.monitor is not None:
-            self.monitor.start()
+        begin_watching(self)
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -185,12 +183,7 @@ class Serving:
         self._unsubscribe()
         await drain(self.in_flight, drain_s)
         await self.bots.stop()
-        if self.monitor is not None:
-            await asyncio.to_thread(self.monitor.stop)
-        if self.telemetry is not None:
-            await asyncio.to_thread(self.telemetry.close)
-        self.metrics.page.close()
-        logging.getLogger("llmbot").removeHandler(self.errors)
+        await asyncio.to_thread(end_watching, self)
 
     @property
     def ready(self) -> Readiness:
@@ -255,6 +248,23 @@ def look(server: "Serving") -> None:
             kv = load.kv_tokens / load.kv_capacity if load is not None and load.kv_capacity else None
             engines.append((bot.name, bot.engine.state, bot.engine.restarts, kv))
     refresh(server.metrics, bool(server.ready), engines)
+
+# %% ../../nbs/serving/356_model_server.ipynb #7d3e7dff
+def begin_watching(server: "Serving") -> None:
+    "Whatever follows a server from now on."
+    logging.getLogger("llmbot").addHandler(server.errors)
+    if server.monitor is not None:
+        server.monitor.start()
+
+
+def end_watching(server: "Serving") -> None:
+    "The server has stopped: tell the last, and end."
+    if server.monitor is not None:
+        server.monitor.stop()
+    if server.telemetry is not None:
+        server.telemetry.close()
+    server.metrics.page.close()
+    logging.getLogger("llmbot").removeHandler(server.errors)
 
 
 def telemetry_of(cfg: Config) -> Telemetry | None:
