@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['STAGES', 'SHAPE', 'RECIPES', 'QUESTIONS', 'MINUTES', 'stage_recipe', 'begun', 'ladder', 'write_recipes', 'finished',
            'earlier', 'choose_directory', 'stream_answers', 'train_stage', 'measure_stage', 'next_commands',
-           'ladder_table', 'QuickstartResult', 'quickstart', 'conclude']
+           'ladder_table', 'QuickstartResult', 'way_on', 'prepare', 'climb', 'quickstart', 'conclude']
 
 # %% ../../nbs/app/520_quickstart.ipynb #5dc70d3a
+import functools
 import json
 import re
 import time
@@ -23,6 +24,7 @@ from rich.table import Table
 from .chat_repl import ChatSession, Conversation
 from .demo_data import write_demo_data
 from .report import Rung, ladder_cells, ladder_page
+from .stops import Stops
 from ..core.config import Config, ServingConfig
 from ..core.config_io import load_config, save_config
 from ..core.errors import TrainingError
@@ -176,6 +178,7 @@ def train_stage(
     home: Path,  # the quickstart's directory
     stage: str,  # has a recipe there
     console: Console,  # where everything is shown
+    stops: Stops,  # may end the run
 ) -> Config:  # the recipe
     "Train the bot of a stage, or what is left of it."
     cfg = load_config(home / f"{stage}.yaml", env={})
@@ -184,7 +187,7 @@ def train_stage(
 
         interrupted = (run_directory(cfg.training.output_dir) / "run.json").is_file()
         console.print(f"\n[bold]{stage}[/]", highlight=False)
-        train(cfg, resume=interrupted, console=console)
+        train(cfg, resume=interrupted, control=stops.control(), console=console)
     return cfg
 
 # %% ../../nbs/app/520_quickstart.ipynb #ca1f3ff6
@@ -262,6 +265,60 @@ class QuickstartResult:
         paths = {"directory": str(self.directory), "bot": str(self.bot), "report": str(self.report)}
         return {**paths, "stages": shown, "seconds": self.seconds}
 
+# %% ../../nbs/app/520_quickstart.ipynb #c5b5b4a5
+def way_on(
+    home: Path,  # a quickstart's directory
+) -> str:  # for a person
+    "How to go on with a quickstart that was stopped."
+    if "sft" not in begun(home):
+        return "Stopped before anything was begun: start it anew."
+    done = [stage for stage in begun(home) if (home / f"{stage}.json").is_file()]
+    return f"Stopped. Finished: {', '.join(done) or 'no stage yet'}. Go on from there with: llmbot quickstart --resume --dir {home}"
+
+
+def prepare(
+    home: Path,  # the quickstart's directory
+    stages: Sequence[str],  # in the order of the ladder
+    resume: bool,  # it is there already
+    seed: int | None,  # of data, weights and order; None for 42, or that of the start
+    max_steps: int | None,  # at most so many steps in each stage
+    console: Console,  # where everything is shown
+) -> None:
+    "Write data and recipes that are not there yet. Raises `TrainingError` for another seed than that of the start."
+    if resume:
+        first = load_config(home / "sft.yaml", env={}).training.seed
+        if seed not in (None, first):
+            raise TrainingError(f"The quickstart in {home} began with seed {first}, so it cannot go on with {seed}.")
+        console.print(f"Going on with {home}", highlight=False)
+        seed = first
+    else:
+        seed = 42 if seed is None else seed
+        console.print(f"A first chatbot, in {home}: {', '.join(stages)}. {MINUTES}", highlight=False)
+        write_demo_data(home / "data", seed)
+    write_recipes(home, stages, seed, max_steps)
+    console.print("[dim]loading the libraries ...[/]")
+
+
+def climb(
+    home: Path,  # the quickstart's directory, with data and recipes
+    stages: Sequence[str],  # in the order of the ladder
+    console: Console,  # where everything is shown
+    stops: Stops,  # asked after each piece of work
+) -> list[Rung]:  # one for each stage
+    "Train and measure what is not there yet."
+    rungs: list[Rung] = []
+    for stage in stages:
+        known = home / f"{stage}.json"
+        if known.is_file():
+            rungs.append(Rung.load(known))
+        else:
+            cfg = train_stage(home, stage, console, stops)
+            stops.leave()
+            rungs.append(measure_stage(home, stage, cfg, console))
+        console.print(ladder_table(rungs))
+        stops.leave()
+    return rungs
+
 # %% ../../nbs/app/520_quickstart.ipynb #477cce2f
 def quickstart(
     directory: str | Path | None = None,  # a new directory; None for `quickstart`, `quickstart-2`, ...
@@ -274,29 +331,17 @@ def quickstart(
 ) -> QuickstartResult:  # what was made and measured
     """Train a first chatbot from nothing, teach it a skill and a style, measure each step on held-out prompts, write a report.
 
-    Raises `TrainingError` when the directory is taken, nothing can be resumed, or a stage has no bot to go on from.
+    Raises `TrainingError` when the directory is taken, nothing can be resumed, or a stage has no bot to go on from. Ctrl-C and SIGTERM
+    end the step or the measuring, save, and raise `KeyboardInterrupt` or `SystemExit(143)`; `resume` goes on from there.
     """
     console, started = console or Console(), time.monotonic()
     asked = list(stages) if stages is not None else [] if resume else list(STAGES)
     home = choose_directory(directory, resume, asked)
     asked = ladder(asked, begun(home) if resume else ())
-    if resume:
-        first = load_config(home / "sft.yaml", env={}).training.seed
-        if seed not in (None, first):
-            raise TrainingError(f"The quickstart in {home} began with seed {first}, so it cannot go on with {seed}.")
-        console.print(f"Going on with {home}", highlight=False)
-        seed = first
-    else:
-        seed = 42 if seed is None else seed
-        console.print(f"A first chatbot, in {home}: {', '.join(asked)}. {MINUTES}", highlight=False)
-        write_demo_data(home / "data", seed)
-    write_recipes(home, asked, seed, max_steps)
-    console.print("[dim]loading the libraries ...[/]")
-    rungs: list[Rung] = []
-    for stage in asked:
-        known = home / f"{stage}.json"
-        rungs.append(Rung.load(known) if known.is_file() else measure_stage(home, stage, train_stage(home, stage, console), console))
-        console.print(ladder_table(rungs))
+    with Stops(functools.partial(console.print, highlight=False, soft_wrap=True), functools.partial(way_on, home)) as stops:
+        prepare(home, asked, resume, seed, max_steps, console)
+        stops.leave()
+        rungs = climb(home, asked, console, stops)
     return conclude(home, rungs, started, console)
 
 # %% ../../nbs/app/520_quickstart.ipynb #13204d87
