@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from llmbot.app import quickstart
+from llmbot.app import quickstart, stages
 from llmbot.app.cli import main
 from llmbot.training import trainer as orchestrator
 
@@ -51,7 +51,7 @@ def sender(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sender:
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(quickstart, "write_demo_data", few)
-    for recipe in quickstart.RECIPES.values():
+    for recipe in stages.RECIPES.values():
         monkeypatch.setitem(recipe, "training.max_steps", STEPS)
         monkeypatch.setitem(recipe, "training.per_device_batch_size", 8)
     make = orchestrator.make_callbacks
@@ -93,7 +93,7 @@ def test_stopped_wherever_it_is_and_gone_on_with(sender: Sender, tmp_path: Path,
         assert sender.place == "", f"it never came to {place}"
         assert f"Finished: {', '.join(finished) or 'no stage yet'}." in said
         assert said.count("llmbot quickstart --resume --dir stopped") == 1
-        assert [stage for stage in quickstart.STAGES if (home / f"{stage}.json").exists()] == finished
+        assert [stage for stage in stages.STAGES if (home / f"{stage}.json").exists()] == finished
         steps = [p for p in sender.seen if p.split()[0].endswith(".run")]
         assert len(steps) <= STEPS, "one stage at most, and its step was the last"
         if steps and place != "writing":
@@ -102,7 +102,7 @@ def test_stopped_wherever_it_is_and_gone_on_with(sender: Sender, tmp_path: Path,
     assert not (home / "report.html").exists()
     assert start("--dir", "stopped", "--resume") == 0
     assert (home / "report.html").exists()
-    for stage, bot in quickstart.STAGES.items():
+    for stage, bot in stages.STAGES.items():
         left, right = (load_file(tmp_path / name / bot / "model.safetensors") for name in ("whole", "stopped"))
         assert left.keys() == right.keys()
         assert all(torch.equal(left[name], right[name]) for name in left), stage
