@@ -7,7 +7,7 @@ __all__ = ['Table', 'RunRecord', 'last_written', 'read_run', 'run_directories', 
            'matches', 'mlflow_file', 'records_of', 'read_curves', 'smoothed', 'newest', 'metric_table',
            'difference_table']
 
-# %% ../../nbs/app/547_run_records.ipynb #66da61ad
+# %% ../../nbs/app/547_run_records.ipynb #748d0989
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +21,7 @@ from ..core.errors import BotError, ConfigError, LLMBotError
 from ..monitoring.experiment_tracker import identity
 from ..monitoring.tracker_records import Curves, Reader, local_records
 
-# %% ../../nbs/app/547_run_records.ipynb #b6853cfd
+# %% ../../nbs/app/547_run_records.ipynb #13bdecbc
 @dataclass(frozen=True)
 class RunRecord:
     "A run, as its directory tells it."
@@ -45,12 +45,13 @@ class RunRecord:
         section, _, name = key.partition(".")
         return self.config.get(section, {}).get(name)
 
-# %% ../../nbs/app/547_run_records.ipynb #ec5376c3
+# %% ../../nbs/app/547_run_records.ipynb #953d948f
 def last_written(
     run_dir: Path,  # a run's directory
 ) -> float:  # seconds since 1970
     "When a run last wrote one of the files that grow with it."
-    found = [run_dir / "run.json", run_dir / "history.json", run_dir / "tracking" / "calls.jsonl", run_dir / "checkpoints"]
+    found = [run_dir / "run.json", run_dir / "history.json", run_dir / "tracking" / "calls.jsonl",
+             run_dir / "live" / "history.jsonl", run_dir / "checkpoints"]
     return max((path.stat().st_mtime for path in found if path.exists()), default=0.0)
 
 
@@ -91,7 +92,7 @@ def find_runs(
     "All runs below a folder."
     return sorted((read_run(path) for path in run_directories(Path(root))), key=lambda run: (-run.changed, str(run.directory)))
 
-# %% ../../nbs/app/547_run_records.ipynb #d1233210
+# %% ../../nbs/app/547_run_records.ipynb #b1bbc56c
 def state_of(run: RunRecord) -> str:
     "How a run stands, in one word."
     return "finished" if run.finished else "damaged" if run.fault else "unfinished"
@@ -113,7 +114,7 @@ def matches(
     known = [text.lower() for text in [*known, *(f"{key}={value}" for key, value in flat_settings(run.config).items())]]
     return all(any(word in text for text in known) for word in words.lower().split())
 
-# %% ../../nbs/app/547_run_records.ipynb #81055915
+# %% ../../nbs/app/547_run_records.ipynb #5ebfcca9
 def mlflow_file(
     run: RunRecord,
 ) -> Path | None:  # None: the one beside the runs
@@ -131,12 +132,12 @@ def records_of(run: RunRecord) -> dict[str, Reader]:  # name -> reads it
 
 def read_curves(
     run: RunRecord,
-    source: str | None = None,  # history, journal, tensorboard, mlflow, wandb, comet; None: the best of the run's own
+    source: str | None = None,  # history, live, journal, tensorboard, mlflow, wandb, comet; None: the best of the run's own
 ) -> Curves:  # name -> (step, value); empty where nothing was recorded yet
     "The numbers of a run. Raises `ConfigError` for a record that it does not have, and `TrainingError` for a damaged one."
     records = records_of(run)
     if source is None:
-        source = next((name for name in ("journal", "history") if name in records), None)
+        source = next((name for name in ("journal", "live", "history") if name in records), None)
         return records[source]() if source else {}
     if source not in records:
         raise ConfigError(f"The run '{run.name}' has no record '{source}' here. It has {', '.join(records) or 'none yet'}.")
@@ -154,7 +155,7 @@ def smoothed(
         found.append(mean / share)
     return found
 
-# %% ../../nbs/app/547_run_records.ipynb #4cd9ac76
+# %% ../../nbs/app/547_run_records.ipynb #339b5f54
 Table = tuple[list[str], list[list[Any]]]  # heads, and rows of as many cells
 
 
