@@ -6,7 +6,7 @@
 __all__ = ['logger', 'Right', 'PAGES', 'PAGE_MODULES', 'Build', 'Folder', 'Workplace', 'started', 'has_base', 'rights_of', 'Desk',
            'open_bot', 'readable', 'guarded', 'DashboardPage', 'register_page', 'pages_for']
 
-# %% ../../nbs/app/570_dashboard_pages.ipynb #c516da34
+# %% ../../nbs/app/570_dashboard_pages.ipynb #8c10ef96
 import asyncio
 import dataclasses
 import importlib
@@ -26,7 +26,7 @@ from ..serving.conversations import Conversations
 from ..serving.hosting import HostedBot, find_parent
 from ..serving.model_server import ModelServer
 
-# %% ../../nbs/app/570_dashboard_pages.ipynb #2554dae8
+# %% ../../nbs/app/570_dashboard_pages.ipynb #b92d69fd
 logger = logging.getLogger("llmbot.dashboard")
 
 
@@ -65,7 +65,7 @@ class Folder:
         "Bots that can be opened: those in the folder by their path, registered ones by name."
         return [*map(str, list_bots(self.bots)), *registered_names(registry_directory())]
 
-# %% ../../nbs/app/570_dashboard_pages.ipynb #12aa3901
+# %% ../../nbs/app/570_dashboard_pages.ipynb #b4ef81b3
 @dataclass
 class Workplace:
     "What all visitors of a dashboard share."
@@ -108,7 +108,7 @@ class Workplace:
             await self.server.stop(drain_s)
             self.server = None
 
-# %% ../../nbs/app/570_dashboard_pages.ipynb #7ebb46d6
+# %% ../../nbs/app/570_dashboard_pages.ipynb #508a307b
 async def started(
     cfg: Config,
     reference: str,  # the first bot
@@ -139,7 +139,7 @@ def has_base(
         return False
     return True
 
-# %% ../../nbs/app/570_dashboard_pages.ipynb #8475cab5
+# %% ../../nbs/app/570_dashboard_pages.ipynb #8146e3b3
 Right = Literal["use", "work", "admin"]
 
 
@@ -185,7 +185,7 @@ class Desk:
         while self._last_words:
             self._last_words.pop()()
 
-# %% ../../nbs/app/570_dashboard_pages.ipynb #daca6c81
+# %% ../../nbs/app/570_dashboard_pages.ipynb #d6740c57
 def _log(message: str, kind: str) -> None:
     "What a desk says before it has a shell."
     logger.info("%s: %s", kind, message)
@@ -225,7 +225,7 @@ def guarded(
 
     return call
 
-# %% ../../nbs/app/570_dashboard_pages.ipynb #640390d2
+# %% ../../nbs/app/570_dashboard_pages.ipynb #7979de33
 @dataclass(frozen=True)
 class DashboardPage:
     "A page of the dashboard."
@@ -240,8 +240,7 @@ class DashboardPage:
 
 PAGES: dict[str, DashboardPage] = {}
 PAGE_MODULES: list[str] = [  # register pages when they are imported
-    "llmbot.app.dashboard_data", "llmbot.app.dashboard_train", "llmbot.app.dashboard_runs",
-    "llmbot.app.dashboard_models", "llmbot.app.dashboard_evaluation",
+    "llmbot.app.dashboard_chat",
 ]
 Build = Callable[[Desk], Any]
 
