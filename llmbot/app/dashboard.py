@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NARROW', 'TELL_WIDTH', 'width_meter', 'visitor_html', 'built', 'Board', 'Shell', 'show_page', 'remember', 'visit']
 
-# %% ../../nbs/app/573_dashboard.ipynb #8ef7477c
+# %% ../../nbs/app/573_dashboard.ipynb #19c09e55
 from collections.abc import Callable
 from html import escape
 from typing import Any
@@ -14,7 +14,7 @@ from .dashboard_door import visitor
 from .dashboard_pages import DashboardPage, Desk, Workplace, logger, pages_for, readable
 from .dashboard_views import html_pane, notice_html, toolkit
 
-# %% ../../nbs/app/573_dashboard.ipynb #30651270
+# %% ../../nbs/app/573_dashboard.ipynb #35186f91
 NARROW = 600  # CSS pixels below which the menu is closed
 TELL_WIDTH = """
 export function render({model}) {
@@ -43,7 +43,7 @@ def width_meter(
     meter.param.watch(lambda event: changed(event.new), "width_now")
     return meter
 
-# %% ../../nbs/app/573_dashboard.ipynb #44ecc447
+# %% ../../nbs/app/573_dashboard.ipynb #6a3dc86b
 def visitor_html(
     desk: Desk,
     path: str,  # of the dashboard, such as /ui
@@ -55,7 +55,7 @@ def visitor_html(
     rights = "may administer" if desk.may("admin") else "may work with data and runs" if desk.may("work") else "may use bots"
     return f"<p class='quiet'>Key <strong>{escape(desk.key.name)}</strong>, {rights}</p>{way}"
 
-# %% ../../nbs/app/573_dashboard.ipynb #c106bf2b
+# %% ../../nbs/app/573_dashboard.ipynb #9806fcdb
 def built(desk: Desk, page: DashboardPage) -> Any:
     "A page, or why there is none."
     try:
@@ -92,7 +92,7 @@ class Board:
         self.messages = [message for message in self.messages if message is not told]
         self.show(self.page)
 
-# %% ../../nbs/app/573_dashboard.ipynb #1a01bea4
+# %% ../../nbs/app/573_dashboard.ipynb #aa2de480
 class Shell:
     "One visit: the menu, and the page that is shown."
 
@@ -129,10 +129,10 @@ class Shell:
         show_page(self, self.pages[number])
         self.menu.active = (number,)  # a path, as menus may be nested
 
-# %% ../../nbs/app/573_dashboard.ipynb #d6f34d32
+# %% ../../nbs/app/573_dashboard.ipynb #048eea1b
 def show_page(shell: Shell, page: DashboardPage) -> None:
     "Show a page of a visit, built when it is first shown."
-    shell.board.messages = []
+    shell.board.messages, shell.desk.page = [], page.name
     if page.name not in shell._built:
         shell._built[page.name] = built(shell.desk, page)
     shell.board.show(shell._built[page.name])
@@ -140,7 +140,7 @@ def show_page(shell: Shell, page: DashboardPage) -> None:
         shell.page.sidebar_open = False
     remember(page.name)
 
-# %% ../../nbs/app/573_dashboard.ipynb #301786d5
+# %% ../../nbs/app/573_dashboard.ipynb #1ab8f731
 def remember(name: str) -> None:
     "Name the page that is shown in the address."
     panel, _ = toolkit()

@@ -6,7 +6,7 @@
 __all__ = ['logger', 'Right', 'PAGES', 'PAGE_MODULES', 'Build', 'Folder', 'Workplace', 'started', 'has_base', 'rights_of', 'Desk',
            'open_bot', 'readable', 'guarded', 'DashboardPage', 'register_page', 'pages_for']
 
-# %% ../../nbs/app/570_dashboard_pages.ipynb #8c10ef96
+# %% ../../nbs/app/570_dashboard_pages.ipynb #ce6666ce
 import asyncio
 import dataclasses
 import importlib
@@ -26,7 +26,7 @@ from ..serving.conversations import Conversations
 from ..serving.hosting import HostedBot, find_parent
 from ..serving.model_server import ModelServer
 
-# %% ../../nbs/app/570_dashboard_pages.ipynb #b92d69fd
+# %% ../../nbs/app/570_dashboard_pages.ipynb #d9babc3c
 logger = logging.getLogger("llmbot.dashboard")
 
 
@@ -65,7 +65,7 @@ class Folder:
         "Bots that can be opened: those in the folder by their path, registered ones by name."
         return [*map(str, list_bots(self.bots)), *registered_names(registry_directory())]
 
-# %% ../../nbs/app/570_dashboard_pages.ipynb #b4ef81b3
+# %% ../../nbs/app/570_dashboard_pages.ipynb #28466c4f
 @dataclass
 class Workplace:
     "What all visitors of a dashboard share."
@@ -108,7 +108,7 @@ class Workplace:
             await self.server.stop(drain_s)
             self.server = None
 
-# %% ../../nbs/app/570_dashboard_pages.ipynb #508a307b
+# %% ../../nbs/app/570_dashboard_pages.ipynb #db3b1119
 async def started(
     cfg: Config,
     reference: str,  # the first bot
@@ -139,7 +139,7 @@ def has_base(
         return False
     return True
 
-# %% ../../nbs/app/570_dashboard_pages.ipynb #8146e3b3
+# %% ../../nbs/app/570_dashboard_pages.ipynb #daf03efa
 Right = Literal["use", "work", "admin"]
 
 
@@ -162,6 +162,7 @@ class Desk:
         self.place, self.key, self.arguments = place, key, arguments or {}
         self.folder, self.rights = place.folder, rights_of(key, place.keys.asked_for)
         self.go: Callable[[str], None] = lambda name: None  # show another page; the shell sets it
+        self.page = ""  # the name of the page that is shown
         self.tell: Callable[[str, str], None] = _log  # a message and "info", "success", "warning" or "error"; the shell sets it
         self._last_words: list[Callable[[], Any]] = []
 
@@ -185,7 +186,7 @@ class Desk:
         while self._last_words:
             self._last_words.pop()()
 
-# %% ../../nbs/app/570_dashboard_pages.ipynb #d6740c57
+# %% ../../nbs/app/570_dashboard_pages.ipynb #57b4ede2
 def _log(message: str, kind: str) -> None:
     "What a desk says before it has a shell."
     logger.info("%s: %s", kind, message)
@@ -225,7 +226,7 @@ def guarded(
 
     return call
 
-# %% ../../nbs/app/570_dashboard_pages.ipynb #7979de33
+# %% ../../nbs/app/570_dashboard_pages.ipynb #c6c3d456
 @dataclass(frozen=True)
 class DashboardPage:
     "A page of the dashboard."
@@ -241,6 +242,7 @@ class DashboardPage:
 PAGES: dict[str, DashboardPage] = {}
 PAGE_MODULES: list[str] = [  # register pages when they are imported
     "llmbot.app.dashboard_chat",
+    "llmbot.app.dashboard_server",
 ]
 Build = Callable[[Desk], Any]
 
