@@ -241,6 +241,7 @@ class DashboardPage:
 
 PAGES: dict[str, DashboardPage] = {}
 PAGE_MODULES: list[str] = [  # register pages when they are imported
+    "llmbot.app.dashboard_data",
     "llmbot.app.dashboard_chat",
     "llmbot.app.dashboard_server",
 ]
