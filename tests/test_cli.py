@@ -96,7 +96,7 @@ def test_the_commands_are_there() -> None:
         "quickstart", "train", "evaluate", "compare", "lm-eval", "chat", "serve", "data inspect", "models list", "models show",
         "models diff", "models card", "models verify", "models presets", "models merge", "models register", "models promote",
         "models rollback", "models alias", "models delete", "models gc", "plan", "lr-find", "data show-batch", "config show",
-        "config validate", "config schema", "config init", "export onnx", "tracking sync", "verify"}
+        "config validate", "config schema", "config init", "export onnx", "tracking sync", "verify", "dashboard"}
 
 
 @pytest.mark.parametrize("command", commands(), ids=" ".join)

@@ -7,7 +7,7 @@ __all__ = ['WINDOW', 'PACE_S', 'Act', 'ACTS', 'entry_of', 'pace_note', 'follow',
            'begin', 'reopen', 'reset', 'forget', 'turn', 'send', 'answer_again', 'edit', 'show_earlier', 'about',
            'rate', 'side_by_side', 'choose', 'chat_page']
 
-# %% ../../nbs/app/578_dashboard_chat.ipynb #52a75c6b
+# %% ../../nbs/app/578_dashboard_chat.ipynb #db437f0e
 import asyncio
 import functools
 import random
@@ -26,7 +26,7 @@ from .votes import Ballot
 from ..core.errors import LLMBotError
 from ..serving.sampling_params import Chunk
 
-# %% ../../nbs/app/578_dashboard_chat.ipynb #9049a5f6
+# %% ../../nbs/app/578_dashboard_chat.ipynb #c6b07468
 WINDOW = 30  # messages that are drawn at first, and more each time one asks
 
 
@@ -58,7 +58,7 @@ def pace_note(
             f"first after {first:.2f} s" if first else "", "cut off at its longest" if last.finish_reason == "length" else ""]
     return " · ".join(part for part in said if part)
 
-# %% ../../nbs/app/578_dashboard_chat.ipynb #9ad9546a
+# %% ../../nbs/app/578_dashboard_chat.ipynb #384ee256
 PACE_S = 0.05  # between two updates of what is being written
 
 
@@ -81,7 +81,7 @@ async def follow(
     show(Side(answered_html(text), label, note))
     return text, note
 
-# %% ../../nbs/app/578_dashboard_chat.ipynb #6dc0e272
+# %% ../../nbs/app/578_dashboard_chat.ipynb #26d95e5d
 @dataclass
 class Pair:
     "Two answers that wait for a vote."
@@ -91,7 +91,7 @@ class Pair:
     answers: list[str]
     settings: ChatSettings
 
-
+# %% ../../nbs/app/578_dashboard_chat.ipynb #db3fb40b
 class Chat:
     "The page of one visitor."
 
@@ -132,7 +132,7 @@ class Chat:
         kept = [entry_of(self.talk.messages, i, self.rated, self.notes) for i in positions]
         self.view.param.update(entries=[drawn(e) for e in (*kept, *tail)], hidden=self.start)
 
-# %% ../../nbs/app/578_dashboard_chat.ipynb #ef9d0e92
+# %% ../../nbs/app/578_dashboard_chat.ipynb #512e5310
 def run(chat: Chat, work: Callable[[], Any]) -> None:
     "Do something that takes a while, and tell of its errors."
     panel, _ = toolkit()
@@ -160,7 +160,7 @@ async def shown(chat: Chat) -> None:
     chat.draw()
     await refresh(chat)
 
-
+# %% ../../nbs/app/578_dashboard_chat.ipynb #e2fc8785
 async def begin(chat: Chat) -> None:
     "A new conversation."
     chat.talk.new(chat.settings().system)
@@ -188,7 +188,7 @@ async def forget(chat: Chat) -> None:
         await chat.talk.remove(chat.talk.conversation.id)
     await reset(chat)
 
-# %% ../../nbs/app/578_dashboard_chat.ipynb #8c6b0aa0
+# %% ../../nbs/app/578_dashboard_chat.ipynb #356a47ee
 async def turn(
     chat: Chat,
     question: str,
@@ -211,7 +211,7 @@ async def turn(
     chat.view.param.update(busy=False, status="The answer is complete." if chat.talk.last.finish_reason else "The answer was stopped.")
     await shown(chat)
 
-
+# %% ../../nbs/app/578_dashboard_chat.ipynb #74c497e7
 async def send(chat: Chat, id: str, text: str) -> None:
     "A question is asked."
     if chat.view.closed or not text.strip():
@@ -245,7 +245,7 @@ async def show_earlier(chat: Chat, id: str, text: str) -> None:
     chat.draw()
     chat.view.anchored = False
 
-# %% ../../nbs/app/578_dashboard_chat.ipynb #5143756b
+# %% ../../nbs/app/578_dashboard_chat.ipynb #26cb426e
 def about(chat: Chat, **more: Any) -> dict[str, Any]:
     "What is kept with a vote."
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
@@ -293,7 +293,7 @@ async def side_by_side(chat: Chat, question: str) -> None:
     chat.draw((asked, Entry("pair", "assistant", sides, acts)))
     chat.view.param.update(closed=True, status="Which answer is better? The better one stays in the conversation.")
 
-# %% ../../nbs/app/578_dashboard_chat.ipynb #6fa826f7
+# %% ../../nbs/app/578_dashboard_chat.ipynb #46b18ab3
 async def choose(chat: Chat, better: int | None) -> None:
     "One of two answers stays: the better one, or the left one of two that are alike."
     pair, chat.pair = chat.pair, None
@@ -322,7 +322,7 @@ ACTS: dict[str, Act] = {
     "alike": lambda chat, id, text: choose(chat, None),
 }  # fmt: skip
 
-# %% ../../nbs/app/578_dashboard_chat.ipynb #a5141744
+# %% ../../nbs/app/578_dashboard_chat.ipynb #e5c05e03
 @register_page("chat", "Chat", "chat", order=10)
 def chat_page(desk: Desk) -> Any:
     "The page *Chat* of a visitor."
