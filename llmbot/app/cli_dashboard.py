@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'Workspace', 'check_folder', 'pages_at', 'dashboard']
 
-# %% ../../nbs/app/590_cli_dashboard.ipynb #277d5624
+# %% ../../nbs/app/590_cli_dashboard.ipynb #6c8562d3
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -19,8 +19,8 @@ from ..core.errors import ConfigError
 if TYPE_CHECKING:
     from llmbot.serving.api_server import Around
 
-# %% ../../nbs/app/590_cli_dashboard.ipynb #49739c52
-app = typer.Typer(name="dashboard", no_args_is_help=False)
+# %% ../../nbs/app/590_cli_dashboard.ipynb #2d3bcd27
+app = typer.Typer()  # without a name: its command stands beside the others
 Workspace = Annotated[Path, typer.Option("--workspace", help="Folder of bots, data, runs and votes.", show_default="here")]
 
 

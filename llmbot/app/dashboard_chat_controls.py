@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ALONE', 'ONE_EACH', 'Sampling', 'offer', 'Bots', 'titled', 'Sharing']
 
-# %% ../../nbs/app/577_dashboard_chat_controls.ipynb #21530455
+# %% ../../nbs/app/577_dashboard_chat_controls.ipynb #d682893f
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,9 +13,9 @@ from .dashboard_pages import Desk, guarded, open_bot
 from .dashboard_talk import ChatSettings
 from .dashboard_views import toolkit
 from ..core.config import ServingConfig
-from ..serving.sampling_params import BOUNDS
+from ..serving.sampling_params import BOUNDS, RequestError
 
-# %% ../../nbs/app/577_dashboard_chat_controls.ipynb #311ecb76
+# %% ../../nbs/app/577_dashboard_chat_controls.ipynb #31559e7d
 ALONE = "(nothing)"  # what stands beside a bot that answers alone
 ONE_EACH = {"sizing_mode": "stretch_width", "max_width": 330, "margin": (6, 8)}
 
@@ -59,7 +59,7 @@ class Sampling:
         panel, _ = toolkit()
         return panel.Column(self.system, panel.FlexBox(*self.numbers.values()), sizing_mode="stretch_width")
 
-# %% ../../nbs/app/577_dashboard_chat_controls.ipynb #1774dd70
+# %% ../../nbs/app/577_dashboard_chat_controls.ipynb #6e2cf9e3
 def offer(widget: Any, options: list[str]) -> None:
     "Give a choice other options; what is chosen stays where it can."
     if widget.options != options:
@@ -67,7 +67,7 @@ def offer(widget: Any, options: list[str]) -> None:
         widget.options = options
         widget.value = chosen if chosen in options else next(iter(options), None)
 
-# %% ../../nbs/app/577_dashboard_chat_controls.ipynb #e7820f40
+# %% ../../nbs/app/577_dashboard_chat_controls.ipynb #e87b5688
 class Bots:
     "Which bot answers, and which beside it."
 
@@ -87,8 +87,7 @@ class Bots:
     async def _open(self, event: Any) -> None:
         wanted = (self.reference.value_input or self.reference.value or "").strip()
         if not wanted:
-            self.desk.tell("Name the bot to open: one of the list, a path, or hf:OWNER/NAME.", "warning")
-            return
+            raise RequestError("name the bot to open: one of the list, a path, or hf:OWNER/NAME")
         self.open.loading = True
         try:
             name = await open_bot(self.desk, wanted)
@@ -115,7 +114,7 @@ class Bots:
         may = self.desk.may("work" if self.desk.place.own else "admin")
         return panel.FlexBox(self.first, self.second, self.blind, *([self.reference, self.open] if may else []), align_items="center")
 
-# %% ../../nbs/app/577_dashboard_chat_controls.ipynb #064cd25d
+# %% ../../nbs/app/577_dashboard_chat_controls.ipynb #9e5bb711
 def titled(
     found: Sequence[tuple[str, str]],  # id, and what was asked first
 ) -> dict[str, str]:  # title -> id, in the same order
