@@ -243,9 +243,7 @@ PAGES: dict[str, DashboardPage] = {}
 PAGE_MODULES: list[str] = [  # register pages when they are imported
     "llmbot.app.dashboard_data", "llmbot.app.dashboard_train", "llmbot.app.dashboard_runs",
     "llmbot.app.dashboard_models", "llmbot.app.dashboard_evaluation",
-    "llmbot.app.dashboard_data",
-    "llmbot.app.dashboard_chat",
-    "llmbot.app.dashboard_server",
+    "llmbot.app.dashboard_chat", "llmbot.app.dashboard_server",
 ]
 Build = Callable[[Desk], Any]
 
