@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -14,6 +15,7 @@ from tiny_bots import make_bot
 from llmbot.core.config import Config, DataConfig, ModelConfig
 from llmbot.core.errors import BotError, ConfigError, DataError
 from llmbot.core.model_manager import load_bot, new_model, save_bot, train_tokenizer
+from llmbot.evaluation.compare import compare_bots
 from llmbot.evaluation.evaluate import evaluate_bot
 from llmbot.monitoring.text_metrics import corpus_metric, exact_match, get_metric, token_f1
 
@@ -160,6 +162,93 @@ def test_long_text_is_predicted_once(bot: str, tmp_path: Path) -> None:
     # nats of all tokens but the first, and of the end token; bytes of all but the first token
     nats = report.metrics["bits_per_byte"] * math.log(2) * (len(text.encode()) - first)
     assert nats / report.metrics["loss"] == pytest.approx(tokens, rel=1e-6)
+
+
+def test_windows_by_brute_force(bot: str, tmp_path: Path) -> None:
+    "Each token predicted from the window that first holds it, one forward pass a window; and an interval that numpy finds, too."
+    loaded, size, stride = load_bot(bot, device="cpu"), 32, 12
+    text = "Once upon a time there was a bot. What is 12 + 30? It is 42. Grüße! " * 6
+    (tmp_path / "text.jsonl").write_text(json.dumps({"text": text}), encoding="utf-8")
+    report = evaluate_bot(bot, str(tmp_path / "text.jsonl"), ["loss", "perplexity", "bits_per_byte"], model=CPU, window=size, stride=stride)
+    ids = [*loaded.tokenizer(text).input_ids, loaded.tokenizer.eos_token_id]
+    starts = range(0, len(ids) - size + stride, stride)
+    windows: dict[int, list[float]] = {}
+    for i in range(1, len(ids)):
+        start = next(s for s in starts if s + size > i)
+        with torch.no_grad():
+            logits = loaded.model(torch.tensor([ids[start : min(start + size, len(ids))]])).logits[0, i - start - 1]
+        windows.setdefault(start, []).append(-float(logits.log_softmax(-1)[ids[i]]))
+    nll = sum(map(sum, windows.values()))
+    first = len(loaded.tokenizer.decode(ids[:1]).encode())
+    assert report.metrics["loss"] == pytest.approx(nll / (len(ids) - 1), rel=1e-4)
+    assert report.metrics["perplexity"] == pytest.approx(math.exp(nll / (len(ids) - 1)), rel=1e-3)
+    assert report.metrics["bits_per_byte"] == pytest.approx(nll / math.log(2) / (len(text.encode()) - first), rel=1e-4)
+    assert (report.settings["window"], report.settings["stride"], report.settings["resampled"]) == (size, stride, "windows of the texts")
+    parts = np.array([[sum(w), len(w)] for w in windows.values()])
+    drawn = parts[np.random.default_rng(0).integers(0, len(parts), (20_000, len(parts)))].sum(1)
+    low, high = np.quantile(drawn[:, 0] / drawn[:, 1], [0.025, 0.975])
+    assert (report.intervals["loss"].low, report.intervals["loss"].high) == pytest.approx((low, high), abs=0.1 * (high - low))
+
+
+def test_blocks_of_a_text_file_are_one_text(bot: str, tmp_path: Path) -> None:
+    text = "Once upon a time there was a bot.\n\n" * 300
+    (tmp_path / "story.txt").write_text(text)
+    (tmp_path / "story.jsonl").write_text(json.dumps({"text": text}))
+    one, two = (evaluate_bot(bot, str(tmp_path / name), ["loss"], model=CPU, window=64) for name in ("story.txt", "story.jsonl"))
+    assert one.metrics["loss"] == pytest.approx(two.metrics["loss"], rel=1e-5)
+    assert (one.rows > 1, two.rows) == (True, 1)
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    "Two bots without a chat template."
+    home = tmp_path_factory.mktemp("bases")
+    for seed in (5, 6):
+        loaded = load_bot(make_bot(home, f"chat-{seed}", seed=seed), device="cpu")
+        loaded.tokenizer.chat_template = None
+        save_bot(home / f"base-{seed}", loaded.model, loaded.tokenizer)
+    return [str(home / f"base-{seed}") for seed in (5, 6)]
+
+
+def test_a_base_without_a_template(bases: list[str], tmp_path: Path) -> None:
+    "It continues the layout, as `generate` does, and its surprise is transformers' own loss; without a layout it is refused."
+    rows, limit = [{"prompt": f"What is {n} + 30?", "completion": f"It is {n + 30}."} for n in (12, 5, 7)], 9
+    data = write(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(BotError, match="no chat template.*layout"):
+        evaluate_bot(bases[0], data, model=CPU)
+    report = evaluate_bot(bases[0], data, ["token_f1", "loss"], model=CPU, layout="Q: {prompt}\nA:", max_new_tokens=limit)
+    loaded, nll, tokens = load_bot(bases[0], device="cpu"), 0.0, 0
+    for row, seen in zip((12, 5, 7), report.examples, strict=True):
+        prompt = loaded.tokenizer(f"Q: What is {row} + 30?\nA:", return_tensors="pt").input_ids
+        out = loaded.model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=limit, do_sample=False)[0]
+        assert seen.answer == loaded.chat.decode(out[prompt.shape[1] :].tolist())
+        whole = loaded.tokenizer(f"Q: What is {row} + 30?\nA:It is {row + 30}.").input_ids
+        whole = torch.tensor([[*whole, loaded.tokenizer.eos_token_id]])
+        labels = whole.clone()
+        labels[:, : prompt.shape[1]] = -100
+        count = int((labels != -100).sum())
+        with torch.no_grad():
+            nll, tokens = nll + float(loaded.model(whole, labels=labels).loss) * count, tokens + count
+    assert report.metrics["loss"] == pytest.approx(nll / tokens, rel=1e-4)
+    assert report.settings["layout"] == "Q: {prompt}\nA:"
+    stop = report.examples[0].answer[2:4]
+    cut = evaluate_bot(bases[0], data, ["token_f1"], model=CPU, layout="{prompt}", max_new_tokens=limit, stop=stop)
+    assert stop not in "".join(e.answer for e in cut.examples)
+
+
+def test_bases_are_compared(bases: list[str], bot: str, tmp_path: Path) -> None:
+    "By what they say to completions, with a bot that has a template too; and by their surprise at texts, row by row."
+    rows = write(tmp_path / "rows.jsonl", [{"prompt": f"What is {n} + 30?", "completion": f"It is {n + 30}."} for n in range(6)])
+    found = compare_bots(bases[0], bot, rows, ["chrf"], model=CPU, layout="{prompt}\n", max_new_tokens=8, resamples=30)
+    assert (found.rows, found.left_out) == (6, 0)
+    texts = write(tmp_path / "texts.jsonl", [{"text": f"Once upon a time there were {n} bots. " * (n + 1)} for n in range(6)])
+    found = compare_bots(*bases, texts, ["loss", "bits_per_byte"], model=CPU, resamples=200)
+    one, two = (evaluate_bot(base, texts, ["loss", "bits_per_byte"], model=CPU).metrics for base in bases)
+    for name, difference in found.differences.items():
+        assert (difference.first, difference.second) == pytest.approx((one[name], two[name]), rel=1e-5)
+    assert found.wins + found.losses == 6
+    same = compare_bots(bases[0], bases[0], texts, ["loss"], model=CPU, resamples=20)
+    assert (same.differences["loss"].value, same.differences["loss"].p_value, same.ties) == (0.0, 1.0, 6)
 
 
 def test_refusals(bot: str, tmp_path: Path) -> None:
