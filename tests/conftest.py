@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 import pytest
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, BrowserContext
+    from playwright.sync_api import Browser, BrowserContext, Page
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models on a busy machine: threads would wait for each other
@@ -30,9 +30,12 @@ def shared() -> Path:
     return path
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> "Iterator[Browser]":
-    "The system's chromium; tests that use it skip, and say so, where there is none, and fail on CI, where there has to be one."
+    """The system's chromium; tests that use it skip, and say so, where there is none, and fail on CI, where there has to be one.
+
+    For one module, since Playwright keeps an event loop running in the thread, in which `asyncio.run` of other tests would fail.
+    """
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if chromium is None:
         (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)("no chromium on the PATH: install it to run this test")
@@ -80,6 +83,19 @@ def network_log() -> "Iterator[Callable[[BrowserContext], NetworkLog]]":
     for log in logs:
         assert log.urls, "the browser has asked for nothing"
         assert log.foreign() == []
+
+
+@pytest.fixture(scope="session")
+def faults() -> "Callable[[Page], list[str]]":
+    "Call it with a page to have axe-core look for faults of accessibility that keep people out: serious and critical ones."
+    from axe_playwright_python.sync_playwright import Axe
+
+    def look(page: "Page") -> list[str]:
+        found = Axe().run(page).response["violations"]
+        return [f"{v['id']}: {v['help']}: {node['html'][:200]} {node.get('failureSummary', '')[:300]}"
+                for v in found if v["impact"] in ("serious", "critical") for node in v["nodes"]]
+
+    return look
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
