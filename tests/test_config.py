@@ -4,18 +4,22 @@ import contextlib
 import dataclasses
 import json
 import pickle
+import re
 import string
 import subprocess
 import sys
 import threading
+import types
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import SecretStr
+from pydantic.dataclasses import dataclass
 
 from llmbot.core.config import Config, ServingConfig, TrainingConfig, check_config, method_settings
 from llmbot.core.config import settings as all_settings
@@ -23,13 +27,15 @@ from llmbot.core.config_io import (
     RECIPES,
     LiveConfig,
     config_schema,
+    hidden_settings,
     init_recipe,
     load_config,
     save_config,
     to_dict,
 )
 from llmbot.core.errors import ConfigError, LLMBotError
-from llmbot.core.settings import InvalidConfigError
+from llmbot.core.own_settings import TRACKER_SETTINGS
+from llmbot.core.settings import STRICT, InvalidConfigError
 
 SCHEMA = config_schema()
 QUICK = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -392,12 +398,50 @@ def test_recipes_load_again(method: str, full: bool, tmp_path: Path) -> None:
         lines = [line.replace("# ", "", 1) if line.startswith("  # ") and ": " in line and
                  line.split(":")[0].removeprefix("  # ") in {k.split(".")[1] for k in all_settings(method)} else line
                  for line in text.splitlines()]
-        names = {section: set(fields) for section, fields in yaml.safe_load("\n".join(lines)).items()}
+        assert "  #   # " in text  # the meaning of a tracker's setting
+        lines = [line.replace("# ", "", 1) if re.match(r"  #( [a-z]+:$|   [a-z_]+: )", line) else line for line in lines]
+        tree = yaml.safe_load("\n".join(lines))
+        nested = {f"tracker.{name}.{field}": value for name, fields in tree.pop("tracker").items() for field, value in fields.items()}
+        everything = all_settings(method, trackers=TRACKER_SETTINGS)
+        assert nested == {key: setting.default for key, setting in everything.items() if key.startswith("tracker.")}
+        names = {section: set(fields) for section, fields in tree.items()}
         assert {f"{section}.{name}" for section in names for name in names[section]} == set(all_settings(method))
         (tmp_path / "r.yaml").write_text("\n".join(lines))
         again = load_config(tmp_path / "r.yaml", env={})
-        assert dataclasses.replace(again, method=cfg.method) == cfg
+        assert dataclasses.replace(again, method=cfg.method, tracker={}) == cfg
         assert (own := method_settings(method)) is None or own(**again.method) == own(**cfg.method)
+
+
+@dataclass(kw_only=True, config=STRICT)
+class Vault:
+    password: SecretStr | None = None
+    place: str = "here"
+
+
+class VaultTracker:
+    Settings = Vault
+
+
+def test_settings_of_trackers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    "From a recipe, the environment and overrides; checked by the schema as by the trackers' own classes; secrets of one's own stay here."
+    assert all_settings(trackers=["mlflow"])["tracker.mlflow.experiment"].default == "llmbot"
+    overrides = ["tracker.mlflow.uri=http://h:5000", "tracker.mlflow.experiment='1.10'"]
+    cfg = load_config(None, overrides, {"LLMBOT_TRACKER__COMET__PROJECT": "x"})
+    assert cfg.tracker == {"mlflow": {"uri": "http://h:5000", "experiment": "1.10"}, "comet": {"project": "x"}}
+    with pytest.raises(InvalidConfigError) as caught:
+        load_config(None, ["tracker.mlflow.uri=http://me:password@h", "tracker.wandb.mod=x", "tracker.tensorboard.x=1"], {})
+    assert {fault.key for fault in caught.value.faults} == {"tracker.mlflow.uri", "tracker.wandb.mod", "tracker.tensorboard.x"}
+    assert "password@" not in str(caught.value)
+    for tracker, valid in (({"wandb": {"mode": "online"}}, True), ({"wandb": {"mode": "on"}}, False), ({"comet": {"modes": "x"}}, False)):
+        assert jsonschema.Draft202012Validator(config_schema()).is_valid({"tracker": tracker}) == valid
+    monkeypatch.setitem(sys.modules, "my.vault", types.SimpleNamespace(Tracker=VaultTracker))
+    monkeypatch.setitem(sys.modules, "my", types.SimpleNamespace())
+    cfg = load_config(None, ["tracker.my.vault:Tracker.password=correct-horse", "tracker.my.vault:Tracker.place=there"], {})
+    assert cfg.tracker == {"my.vault:Tracker": {"password": "correct-horse", "place": "there"}}
+    assert hidden_settings(cfg) == ["tracker.my.vault:Tracker.password"]
+    save_config(cfg, tmp_path / "r.yaml")
+    assert "correct-horse" not in (tmp_path / "r.yaml").read_text()
+    assert load_config(tmp_path / "r.yaml", env={}).tracker == {"my.vault:Tracker": {"place": "there"}}
 
 
 # --- secrets and the disk ----------------------------------------------------------------------------------------------

@@ -108,7 +108,7 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> InMemorySpanExporter:
 
     def noticed(cfg: Any) -> Any:
         app = create(cfg)
-        app.state.server.telemetry.spans.add_span_processor(SimpleSpanProcessor(exporter))
+        app.state.server.watch.telemetry.spans.add_span_processor(SimpleSpanProcessor(exporter))
         return app
 
     monkeypatch.setattr(api_server, "create_app", noticed)

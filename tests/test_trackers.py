@@ -1,12 +1,17 @@
 """Four trackers of one real run, which was killed and resumed: what each of them wrote is read back, step by step."""
 
+import base64
+import hashlib
+import io
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
 import urllib.request
+import uuid
 import zipfile
 from collections import defaultdict
 from collections.abc import Iterator
@@ -14,16 +19,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 os.environ |= {"MLFLOW_DISABLE_TELEMETRY": "true", "WANDB_ERROR_REPORTING": "false", "COMET_DISABLE_AUTO_LOGGING": "1"}
 from rich.console import Console
 
+from llmbot.core.config import Config, ModelConfig, MonitoringConfig, ServingConfig
 from llmbot.core.config_io import load_config
 from llmbot.core.errors import TrainingError
-from llmbot.monitoring.experiment_tracker import identity, register_tracker
+from llmbot.monitoring.experiment_tracker import TrackedRun, create_trackers, identity, register_tracker
 from llmbot.monitoring.tracker_queue import read_calls
 from llmbot.monitoring.tracker_records import leveldb_records, local_records, tracker_name
+from llmbot.serving.api_server import running_server
 from llmbot.training.launch import free_port
 from llmbot.training.run_tracking import send_again
 from llmbot.training.trainer import train
@@ -126,6 +134,8 @@ def check_numbers(tracked: Tracked, read: dict[str, list[tuple[int, float]]], ex
         mine = [(step, value) for step, value in read[name] if step > 0]  # step 0 was measured before the trainer began
         assert [s for s, _ in mine] == [s for s, _ in values], name
         assert [v for _, v in mine] == [v if exact else pytest.approx(v, rel=1e-6) for _, v in values], name
+    near = [(step, pytest.approx(math.exp(value), rel=1e-5)) for step, value in tracked.numbers["train/loss"]]
+    assert read["train/perplexity"] == near
     assert len(read["validation/loss"]) == len(tracked.numbers["validation/loss"]) + 1  # the untrained model's, at step 0
     assert all(step > 0 for step, _ in read["system/cpu_percent"])
     assert read["system/process_memory_bytes"][0][1] > 1e6
@@ -139,7 +149,7 @@ def test_tensorboard(tracked: Tracked) -> None:
     check_numbers(tracked, scalars, exact=False)  # TensorBoard keeps float32
     texts = {tag: events.Tensors(tag) for tag in events.Tags()["tensors"]}
     assert tracked.id in texts["run/text_summary"][0].tensor_proto.string_val[0].decode()
-    assert {"params/text_summary", "samples/text_summary", "artifact/bot/text_summary"} <= texts.keys()
+    assert {"params/text_summary", "samples/text_summary", "artifact/bot/text_summary", "data/report/text_summary"} <= texts.keys()
 
 
 def mlflow_client(tracked: Tracked) -> Any:
@@ -168,6 +178,13 @@ def test_mlflow(tracked: Tracked) -> None:
     assert table["columns"] == ["prompt", "answer"]
     assert table["data"][0][0] == "red fish"
     assert [f.path for f in client.list_artifacts(run.info.run_id, "config")] == ["config/config.yaml"]
+    [report] = [f.path for f in client.list_artifacts(run.info.run_id, "data/report")]
+    books = dict(json.loads(Path(client.download_artifacts(run.info.run_id, report)).read_text())["data"])
+    assert (books["rows read"], books["rows kept"]) == ("48", "48")
+    assert int(books["train: documents"]) + int(books["validation: documents"]) == 48
+    kept = json.loads((tracked.run_dir / "data_report.json").read_text())
+    assert kept["splits"]["train"]["tokens"] == int(books["train: tokens"])
+    assert "fish" not in str(kept)  # none of the rows
 
 
 def wandb_history(path: Path) -> tuple[dict[str, list[tuple[int, float]]], list[Any]]:
@@ -282,7 +299,7 @@ class Down:
 def test_what_a_tracker_did_not_take_is_sent_later(tmp_path: Path) -> None:
     register_tracker("down")(Down)
     given = overrides(tmp_path, "bot", **{"monitoring.trackers": "[down]", "training.max_steps": 3})
-    with pytest.warns(UserWarning, match="training goes on") as warned:
+    with pytest.warns(UserWarning, match="nothing waits for it") as warned:
         train(load_config(None, given, env={}), console=QUIET)
     assert len([w for w in warned if "Tracker 'down'" in str(w.message)]) == 1
     waiting = read_calls(tmp_path / "bot.run" / "tracking" / "unsent-down.jsonl")
@@ -293,6 +310,136 @@ def test_what_a_tracker_did_not_take_is_sent_later(tmp_path: Path) -> None:
     assert send_again(tmp_path / "bot.run") == {}
     with pytest.raises(TrainingError, match="no run that trackers know"):
         send_again(tmp_path)
+
+
+def test_the_command_sends_what_waits(tmp_path: Path) -> None:
+    "MLflow's data base cannot be made while a run goes on: all of it waits, and `llmbot tracking sync` brings it, to the last value."
+    blocked = tmp_path / "blocked"
+    blocked.write_text("a file, where a directory should be")
+    given = overrides(tmp_path, "bot", **{"monitoring.trackers": "[tensorboard, mlflow]", "training.max_steps": 3,
+                                          "tracker.mlflow": f"{{uri: 'sqlite:///{blocked}/mlflow.db', experiment: late}}"})  # fmt: skip
+    with pytest.warns(UserWarning, match="Tracker 'mlflow' failed in"):
+        train(load_config(None, given, env={}), console=QUIET)
+    waiting = read_calls(tmp_path / "bot.run" / "tracking" / "unsent-mlflow.jsonl")
+    assert len(waiting) == len(read_calls(tmp_path / "bot.run" / "tracking" / "calls.jsonl"))
+    sync = [sys.executable, "-m", "llmbot.app.cli", "tracking", "sync", str(tmp_path / "bot"), "--json"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+    def synced() -> tuple[int, Any]:
+        done = subprocess.run(sync, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+        return done.returncode, json.loads(done.stdout)
+
+    count = len(waiting)
+    assert synced() == (TrainingError.exit_code, {"mlflow": {"waited": count, "left": count}})
+    blocked.unlink()
+    assert synced() == (0, {"mlflow": {"waited": count, "left": 0}})
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{blocked}/mlflow.db")
+    [run] = client.search_runs([client.get_experiment_by_name("late").experiment_id])
+    for name, values in told(tmp_path / "bot.run").items():
+        assert [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, name) if m.step] == values, name
+    assert run.info.status == "FINISHED"
+    assert run.data.tags["artifact.bot"] == str(tmp_path / "bot")
+
+
+def pixels(data: bytes) -> Any:
+    import numpy as np
+    from PIL import Image
+
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+def test_figures_and_copies_of_bots(tracked: Tracked, tmp_path: Path) -> None:
+    "A figure is the same picture in all four, and a bot that is copied the same files, to the last byte."
+    import matplotlib.pyplot as plt
+    import numpy as np
+    from mlflow import MlflowClient
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    figure, axes = plt.subplots(figsize=(2, 1))
+    axes.plot([3, 1, 2])
+    run = TrackedRun("pictures", uuid.uuid4().hex, tmp_path / "run", tmp_path)
+    group = create_trackers(FOUR, run, tmp_path / "tracking")
+    group.begin()
+    group.log_metrics({"a": 1.0}, 7)
+    group.log_figure("curves/loss", figure, 7)
+    plt.close(figure)
+    group.log_artifact("bot", tracked.folder / "bot", copy=True)
+    group.finish()
+    assert group.unsent == dict.fromkeys(FOUR, 0)
+    [png] = (tmp_path / "tracking" / "figures").glob("*.png")
+    picture = pixels(png.read_bytes())
+    assert picture.std() > 10  # there is something on it
+    files = {str(p.relative_to(tracked.folder / "bot")): p.read_bytes() for p in (tracked.folder / "bot").rglob("*") if p.is_file()}
+    assert {"model.safetensors", "llmbot.json"} <= files.keys()
+
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard" / "pictures"), size_guidance={"images": 0, "tensors": 0}).Reload()
+    [image] = events.Images("curves/loss")
+    assert image.step == 7
+    assert np.array_equal(pixels(image.encoded_image_string), picture)
+    [where] = events.Tensors("artifact/bot/text_summary")
+    copy = Path(where.tensor_proto.string_val[0].decode())
+    assert {str(p.relative_to(copy)): p.read_bytes() for p in copy.rglob("*") if p.is_file()} == files
+
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    [found] = client.search_runs([client.get_experiment_by_name("llmbot").experiment_id])
+    shown = Path(client.download_artifacts(found.info.run_id, "curves/loss/step-00000007.png"))
+    assert np.array_equal(pixels(shown.read_bytes()), picture)
+    home = Path(client.download_artifacts(found.info.run_id, "bot"))
+    assert {str(p.relative_to(home)): p.read_bytes() for p in home.rglob("*") if p.is_file()} == files
+
+    [image_file] = (tmp_path / "run" / "wandb").glob("offline-run-*/files/media/images/curves/*.png")
+    assert np.array_equal(pixels(image_file.read_bytes()), picture)
+    [record] = (tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb")
+    artifacts = [r.artifact for r in wandb_history(record)[1] if r.WhichOneof("record_type") == "artifact"]
+    [contents] = [a.manifest.contents for a in artifacts]
+    digests = {name: base64.b64encode(hashlib.md5(data).digest()).decode() for name, data in files.items()}
+    assert {entry.path: entry.digest for entry in contents} == digests
+
+    with zipfile.ZipFile(tmp_path / "run" / "comet" / f"{run.id}.zip") as archive:
+        everything = {name: archive.read(name) for name in archive.namelist()}
+    assert any(data[:4] == b"\x89PNG" and np.array_equal(pixels(data), picture) for data in everything.values())
+    assert {hashlib.md5(data).digest() for data in files.values()} <= {hashlib.md5(data).digest() for data in everything.values()}
+
+
+@pytest.mark.server
+def test_a_server_in_the_trackers(tracked: Tracked, tmp_path: Path) -> None:
+    "What a server did, read back from MLflow and TensorBoard: the rates add up to the tokens of the answers."
+    from mlflow import MlflowClient
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    cfg = Config(
+        model=ModelConfig(device="cpu"),
+        serving=ServingConfig(models=[str(tracked.folder / "bot")], port=0, admin_token="planted-token-0"),
+        monitoring=MonitoringConfig(trackers=FOUR[:2], log_dir=str(tmp_path), serving_interval_s=0.2, resource_interval_s=0.1),
+    )  # fmt: skip
+    usage = []
+    with running_server(cfg) as url:
+        for length in (3, 5, 7):
+            answer = httpx.post(f"{url}/generate", json={"prompt": "red", "max_new_tokens": length, "ignore_eos": True}, timeout=60)
+            usage.append(answer.raise_for_status().json()["usage"])
+        stats = httpx.get(f"{url}/stats").json()
+    [home] = tmp_path.glob("serving-bot-*.run")
+    who = identity(home)
+    assert who
+    assert (who["parent"], who["root"]) == (tracked.id, tracked.id)
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    [run] = client.search_runs([client.get_experiment_by_name("llmbot").experiment_id])
+    read = {name: [m.value for m in client.get_metric_history(run.info.run_id, name)] for name in run.data.metrics}
+    ends = read["serving/uptime_s"]
+    assert ends == sorted(ends)
+    spans = [end - begin for begin, end in zip([0.0, *ends], ends, strict=False)]
+    for name, key in (("tokens", "completion_tokens"), ("prompt_tokens", "prompt_tokens")):
+        total = sum(rate * span for rate, span in zip(read[f"serving/{name}_per_s"], spans, strict=True))
+        assert total == pytest.approx(sum(one[key] for one in usage))
+    assert sum(one["completion_tokens"] for one in usage) == 15
+    assert read["serving/latency_s_p50"][-1] == stats["total"]["latency_s"]["p50"]
+    assert read["system/process_memory_bytes"][-1] > 1e6
+    assert (run.data.tags["llmbot.parent"], run.data.params["serving.port"], run.info.status) == (tracked.id, "0", "FINISHED")
+    events = EventAccumulator(str(tmp_path / "tensorboard" / who["name"]), size_guidance={"scalars": 0}).Reload()
+    assert [e.value for e in events.Scalars("serving/tokens_per_s")] == [pytest.approx(v, rel=1e-6) for v in read["serving/tokens_per_s"]]
+    assert b"planted-token-0" not in everything_in(tmp_path)
 
 
 def answer_of(command: list[str], url: str, folder: Path) -> str:

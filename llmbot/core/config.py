@@ -9,13 +9,13 @@ __all__ = ['SHAPE', 'Job', 'model_conflicts', 'head_conflicts', 'ModelConfig', '
 
 # %% ../../nbs/core/006_config.ipynb #01485ec6
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, SecretStr, model_validator
 from pydantic.dataclasses import dataclass
 
-from .own_settings import METHOD_SETTINGS, OWN_SETTINGS, section_conflicts, tracker_conflicts
+from .own_settings import METHOD_SETTINGS, OWN_SETTINGS, section_conflicts, tracker_conflicts, tracker_settings
 from .serving_config import ServingConfig
 from llmbot.core.settings import (
     STRICT, Conflict, Fault, InvalidConfigError, Setting, changed, refuse, section, settings_of,
@@ -154,16 +154,19 @@ def monitoring_conflicts(monitoring: "MonitoringConfig") -> Iterator[Conflict]:
         yield Conflict(("sample_steps", "sample_prompts"), "there is no prompt to sample: list some, or drop it")
     if len(set(monitoring.trackers)) < len(monitoring.trackers):
         yield Conflict(("trackers",), "the same tracker is listed twice")
+    if monitoring.serving_interval_s is not None and not monitoring.trackers:
+        yield Conflict(("serving_interval_s", "trackers"), "there is no tracker to write to: name one, or drop the interval")
     if monitoring.otlp_endpoint and not monitoring.opentelemetry:
         yield Conflict(("otlp_endpoint", "opentelemetry"), "nothing is sent there: switch 'opentelemetry' on, or drop the address")
 
-
+# %% ../../nbs/core/006_config.ipynb #a1a58391
 @section("monitoring")
 @dataclass(kw_only=True, config=STRICT)
 class MonitoringConfig:
     "Where metrics of a run go, and what the model is asked on the way."
     trackers: Names = Field(default_factory=lambda: ["tensorboard"], description="Trackers by name, or MODULE:CLASS; []: none")
-    log_dir: Name | None = Field(default=None, description="Directory of tracker files; unset: OUTPUT_DIR.run")
+    log_dir: Name | None = Field(
+        default=None, description="Directory of tracker files; unset: OUTPUT_DIR.run; for a server serving-runs/NAME.run")
     run_name: Name | None = Field(default=None, description="Name of the run in the trackers; unset: the bot's name")
     tracker_wait_s: Annotated[float, Field(ge=0)] = Field(
         default=60, description="Seconds that the end of a run waits for slow trackers; what is left is kept beside the run")
@@ -173,6 +176,8 @@ class MonitoringConfig:
     sample_steps: Size | None = Field(default=None, description="Steps between two such samples; unset: at each evaluation")
     resource_interval_s: Annotated[float, Field(ge=0.1)] | None = Field(
         default=10, description="Seconds between two readings of CPU, memory, disk and GPUs; null: none are taken")
+    serving_interval_s: Annotated[float, Field(ge=0.1)] | None = Field(
+        default=None, description="Seconds between two records of a server's latency and throughput in the trackers; unset: none")
     log_format: Literal["text", "json"] = Field(default="text", description="How the server logs: lines to read, or one JSON object each")
     log_prompts: bool = Field(default=False, description="Also log what is asked and answered, and put it into traces; off: no user's text")
     error_log: Name | None = Field(default=None, description="File that errors are added to as lines of JSON; unset: none is written")
@@ -307,10 +312,14 @@ def check_config(
 def settings(
     method: str | None = None,  # also list the settings of this training method, as method.NAME
     backend: str | None = None,  # also list the settings of this serving engine, as engine.NAME
+    trackers: Iterable[str] = (),  # also list the settings of these trackers, as tracker.TRACKER.NAME
 ) -> dict[str, Setting]:
     "Every setting of llmbot by its dotted key, with its default, its allowed values and its meaning."
     table = dict(settings_of(Config))
     for name, own in zip((method, backend), OWN_SETTINGS.values(), strict=True):
         if name and (cls := own.find(name)):
+            table |= settings_of(cls, f"{own.section}.")
+    for own in map(tracker_settings, trackers):
+        if cls := own.find(own.section.removeprefix("tracker.")):
             table |= settings_of(cls, f"{own.section}.")
     return {key: found for key, found in table.items() if "." in key}

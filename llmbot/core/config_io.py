@@ -22,7 +22,7 @@ from pydantic import SecretStr, TypeAdapter
 
 from .config import Config, settings
 from .errors import ConfigError
-from .own_settings import OWN_SETTINGS
+from .own_settings import OWN_SETTINGS, TRACKER_SETTINGS, setting_path, tracker_settings
 from .recipe import Draft, compose, dump, read_text, write_atomically
 from .settings import Fault, InvalidConfigError, Setting, nearest_key, shorten, without_login
 
@@ -58,9 +58,8 @@ def put(
     origin: str,  # where, for a message; never with the value, which may be a secret
 ) -> None:
     "Set one value from text, over what an earlier source said."
-    section, name = setting.key.split(".")
-    key = (section, name)
-    for old in [k for k in draft.origins if k[:2] == key]:
+    key = setting_path(setting.key)
+    for old in [k for k in draft.origins if k[: len(key)] == key]:
         del draft.origins[old]
     draft.origins[key] = (origin, None)
     value: Any = None if text in ("null", "~") else text
@@ -74,14 +73,22 @@ def put(
                 why = f"expected {setting.expected}; {exc.faults[0].allowed}"
                 draft.faults.append(Fault(setting.key, shorten(text), why, None, origin))
                 return
-    draft.tree.setdefault(section, {})[name] = value
+    place = draft.tree
+    for part in key[:-1]:
+        if not isinstance(place.get(part), dict):
+            place[part] = {}
+        place = place[part]
+    place[key[-1]] = value
 
 # %% ../../nbs/core/010_config_io.ipynb #beb0498d
 def find_setting(
     key: str,  # dotted
 ) -> Setting | None:  # None where there is none
     "A setting by its key. What stands below `method`, `engine` and `tracker` is checked later, by what was chosen."
-    own = key.partition(".")[0] in (*OWN_SETTINGS, "tracker") and key.count(".") == 1
+    section, *parts = setting_path(key)
+    if section == "tracker" and len(parts) == 2 and tracker_settings(parts[0]).find(parts[0]):
+        return settings(trackers=[parts[0]]).get(key)
+    own = (section in OWN_SETTINGS and len(parts) == 1) or (section == "tracker" and len(parts) in (1, 2))
     return Setting(key, None, "a value", "", False, False, "any") if own else settings().get(key)
 
 
@@ -91,12 +98,12 @@ def add_environment(
 ) -> None:
     "Take `LLMBOT_SECTION__FIELD`; other variables are left alone, unless they look like a slip."
     for variable in sorted(v for v in env if v.startswith("LLMBOT_") and "__" in v):
-        key = variable.removeprefix("LLMBOT_").lower().replace("__", ".", 1)
+        key = variable.removeprefix("LLMBOT_").lower().replace("__", ".", 2 if variable.startswith("LLMBOT_TRACKER__") else 1)
         origin = f"environment variable {variable}"
         if setting := find_setting(key):
             put(draft, setting, env[variable], origin)
         elif difflib.get_close_matches(key.partition(".")[0], SECTIONS, n=1, cutoff=0.75):
-            near = nearest_key(key, settings())
+            near = nearest_key(key, settings(trackers=TRACKER_SETTINGS))
             hint = f"LLMBOT_{near.replace('.', '__').upper()}" if near else None
             draft.faults.append(Fault(key, None, "unknown setting", hint, origin))
 
@@ -115,13 +122,13 @@ def add_overrides(
         elif setting := find_setting(key):
             put(draft, setting, value, f"override {key}")
         else:
-            draft.faults.append(Fault(key, None, "unknown setting", nearest_key(key, settings()), "override"))
+            draft.faults.append(Fault(key, None, "unknown setting", nearest_key(key, settings(trackers=TRACKER_SETTINGS)), "override"))
 
 # %% ../../nbs/core/010_config_io.ipynb #5a20065b
 def locate(draft: Draft, fault: Fault) -> Fault:
     "The same fault with the place where its value was written."
     for key in fault.key.split(", "):
-        parts = tuple(key.split("."))
+        parts = setting_path(key)
         for end in range(len(parts), 0, -1):
             if parts[:end] in draft.origins:
                 path, line = draft.origins[parts[:end]]
@@ -169,8 +176,9 @@ def to_dict(
 ) -> dict[str, dict[str, Any]]:  # sections of plain values, ready for JSON or YAML
     "A configuration as plain data; secrets that are set are left out, and so are URLs that hold a login."
     tree: dict[str, dict[str, Any]] = dataclasses.asdict(cfg)
-    secret = {key for key, setting in settings(cfg.training.method, cfg.serving.backend).items() if setting.secret}
-    for section, values in tree.items():
+    secret = {key for key, setting in settings(cfg.training.method, cfg.serving.backend, cfg.tracker).items() if setting.secret}
+    trackers = {f"tracker.{name}": values for name, values in tree["tracker"].items()}
+    for section, values in ({**tree, "tracker": {}} | trackers).items():
         for name, value in list(values.items()):
             if isinstance(value, SecretStr):
                 values[name] = value.get_secret_value()
@@ -184,8 +192,10 @@ def hidden_settings(
     cfg: Config,  # any configuration
 ) -> list[str]:  # dotted keys
     "What `to_dict` leaves out: secrets that are set, and URLs that hold a login."
-    shown = to_dict(cfg)
-    return [f"{section}.{name}" for section, values in to_dict(cfg, True).items() for name in values if name not in shown[section]]
+    shown, whole = to_dict(cfg), to_dict(cfg, True)
+    pairs = [(section, values, shown[section]) for section, values in whole.items()]
+    pairs += [(f"tracker.{name}", values, shown["tracker"][name]) for name, values in whole["tracker"].items()]
+    return [f"{section}.{name}" for section, values, seen in pairs for name in values if name not in seen]
 
 # %% ../../nbs/core/010_config_io.ipynb #f58c9c21
 def save_config(
@@ -207,6 +217,8 @@ def config_schema() -> dict[str, Any]:  # JSON Schema, draft 2020-12
         section, name = key.split(".")
         part = schema["$defs"][schema["properties"][section]["$ref"].rpartition("/")[2]]
         part["properties"][name]["default"] = setting.default
+    found = {name: tracker_settings(name).find(name) for name in TRACKER_SETTINGS}
+    schema["properties"]["tracker"]["properties"] = {name: TypeAdapter(cls).json_schema() for name, cls in found.items() if cls}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "llmbot recipe"}
 
 # %% ../../nbs/core/010_config_io.ipynb #f360b796
@@ -234,20 +246,25 @@ RECIPES: dict[str, dict[str, Any]] = {
             "data.train": ["data/judged.jsonl"], "data.validation_split": 0.1, "data.max_seq_length": 512},
 }
 
-
+# %% ../../nbs/core/010_config_io.ipynb #ebc687bd
 def recipe_lines(values: Mapping[str, Any], full: bool) -> Iterator[str]:
     "The lines of a recipe: `values` as they are and, when `full`, all other settings commented out."
-    known = settings(values.get("training.method"), values.get("serving.backend"))
+    known = settings(values.get("training.method"), values.get("serving.backend"), TRACKER_SETTINGS if full else ())
     for section in SECTIONS:
         mine = [s for k, s in known.items() if k.startswith(f"{section}.")]
         live = [known[k] for k in values if k.startswith(f"{section}.")]
         rest = [s for s in mine if s.key not in values] if full else []
         if live or rest:
             yield f"\n{section}:"
+        above = ""
         for s in live + rest:
-            line = f"{s.key.partition('.')[2]}: {dump(values.get(s.key, s.default), inline=True)}"
-            yield f"  # {s.description} ({s.expected})"
-            yield f"  {line}" if s in live else f"  # {line}"
+            *_, part, name = setting_path(s.key)
+            if section == "tracker" and part != above:
+                above = part
+                yield f"  # {above}:"
+            deep = "  " if above else ""
+            yield f"  # {deep}{'# ' if deep else ''}{s.description} ({s.expected})"
+            yield f"  {'' if s in live else '# '}{deep}{name}: {dump(values.get(s.key, s.default), inline=True)}"
 
 # %% ../../nbs/core/010_config_io.ipynb #0c4343fc
 def init_recipe(
@@ -331,7 +348,7 @@ def changed_copy(
     for key, value in changes.items():
         section, _, name = key.partition(".")
         if key not in settings():
-            faults.append(Fault(key, None, "unknown setting", nearest_key(key, settings())))
+            faults.append(Fault(key, None, "unknown setting", nearest_key(key, settings(trackers=TRACKER_SETTINGS))))
         else:
             if not settings()[key].mutable and tree[section][name] != value:
                 faults.append(Fault(key, None, "fixed while the server runs: change the recipe and start it again"))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METHOD_SETTINGS', 'ENGINE_SETTINGS', 'TRACKER_SETTINGS', 'OWN_SETTINGS', 'OwnSettings', 'section_conflicts',
-           'tracker_conflicts']
+           'tracker_settings', 'setting_path', 'tracker_conflicts']
 
 # %% ../../nbs/core/003_own_settings.ipynb #f1f2ed2e
 import dataclasses
@@ -96,12 +96,31 @@ OWN_SETTINGS: dict[str, OwnSettings] = {
 }
 
 # %% ../../nbs/core/003_own_settings.ipynb #7380ef95
+def tracker_settings(
+    name: str,  # a registered tracker, or MODULE:CLASS
+) -> OwnSettings:
+    "The section that holds the settings of one tracker."
+    return OwnSettings(f"tracker.{name}", "monitoring.trackers", "tracker", TRACKER_SETTINGS)
+
+
+def setting_path(
+    key: str,  # dotted, such as "training.seed", "tracker.mlflow.uri" or "tracker.my.module:Mine.path"
+) -> tuple[str, ...]:  # ("tracker", "mlflow", "uri"): where it stands in a recipe
+    "A key in its parts; the dots of a tracker's module are part of its name."
+    section, dot, rest = key.partition(".")
+    if section != "tracker" or ":" not in rest:
+        return tuple(key.split("."))
+    module, _, tail = rest.rpartition(":")
+    cls, dot, name = tail.partition(".")
+    return (section, f"{module}:{cls}", *([name] if dot else []))
+
+
 def tracker_conflicts(
     parts: Mapping[str, Any],  # the section `tracker`: name of a tracker -> its settings
 ) -> Iterator[Conflict]:
     "What is wrong in the settings of the trackers."
     for name, given in parts.items():
-        own = OwnSettings(f"tracker.{name}", "monitoring.trackers", "tracker", TRACKER_SETTINGS)
+        own = tracker_settings(name)
         if not isinstance(given, Mapping):
             yield Conflict((own.section,), f"expected settings by name, such as tracker: {{{name}: {{NAME: VALUE}}}}")
             continue

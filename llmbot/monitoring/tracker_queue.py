@@ -160,7 +160,7 @@ class Holding:
         "One warning for each tracker, whatever happens later."
         if not self._warned:
             self._warned = True
-            text = f"Tracker '{self.name}' {what}; training goes on. What it did not take waits in {self.backlog.path}"
+            text = f"Tracker '{self.name}' {what}, and nothing waits for it. What it did not take is in {self.backlog.path}"
             warnings.warn(text, stacklevel=2)
 
 # %% ../../nbs/monitoring/101_tracker_queue.ipynb #b3eaf982

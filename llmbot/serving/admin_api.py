@@ -6,6 +6,8 @@
 __all__ = ['visible_config', 'ConfigView', 'NewModel', 'config_view', 'admin_router']
 
 # %% ../../nbs/serving/384_admin_api.ipynb #d6213808
+import functools
+import operator
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
@@ -13,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ..core.config import Config, settings
 from ..core.config_io import hidden_settings, to_dict
+from ..core.own_settings import setting_path
 from ..core.settings import HIDDEN, InvalidConfigError, without_login
 from .access import require_admin
 from .http_guard import StrictRoute
@@ -25,10 +28,11 @@ def visible_config(
     cfg: Config,
 ) -> dict[str, dict[str, Any]]:  # sections of plain values
     "A configuration without what must not be seen."
-    tree, secret = to_dict(cfg, show_secrets=True), settings(cfg.training.method, cfg.serving.backend)
-    for section, _, name in (key.partition(".") for key in hidden_settings(cfg)):
-        known = secret.get(f"{section}.{name}")
-        tree[section][name] = HIDDEN if known and known.secret else without_login(tree[section][name])
+    tree, known = to_dict(cfg, show_secrets=True), settings(cfg.training.method, cfg.serving.backend, cfg.tracker)
+    for key in hidden_settings(cfg):
+        *above, name = setting_path(key)
+        place: dict[str, Any] = functools.reduce(operator.getitem, above, tree)
+        place[name] = HIDDEN if key in known and known[key].secret else without_login(place[name])
     return tree
 
 # %% ../../nbs/serving/384_admin_api.ipynb #40b15fbb

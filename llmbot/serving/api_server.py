@@ -91,7 +91,7 @@ def create_app(
             server.metrics.of("other").failed(error.code or "model_not_found")
 
     install_error_handlers(app, refused)
-    add_middlewares(app, bots.live.current, server.metrics.http, server.telemetry)
+    add_middlewares(app, bots.live.current, server.metrics.http, server.watch.telemetry)
     return app
 
 # %% ../../nbs/serving/390_api_server.ipynb #b90a113c

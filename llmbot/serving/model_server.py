@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['T', 'logger', 'Visit', 'engine_room', 'admitted', 'prepare_request', 'stream_answer', 'Embedding',
-           'prepare_embedding', 'Readiness', 'Serving', 'admission_limits', 'deadline', 'error_log', 'watched', 'look',
-           'begin_watching', 'end_watching', 'telemetry_of', 'new_visit', 'server_stats', 'Managed', 'ModelServer',
-           'operation_of', 'whole_answer', 'embed_prompt']
+           'prepare_embedding', 'Readiness', 'Serving', 'admission_limits', 'deadline', 'look', 'new_visit',
+           'server_stats', 'Managed', 'ModelServer', 'operation_of', 'whole_answer', 'embed_prompt']
 
 # %% ../../nbs/serving/356_model_server.ipynb #019046f9
 import asyncio
@@ -22,12 +21,10 @@ from .. import __version__
 from ..core.config import Config, ServingConfig
 from ..core.config_io import LiveConfig
 from ..core.errors import ServingError
-from ..monitoring.error_log import ErrorHandler, ErrorLog, JsonLines, Report, sentry_report
-from ..monitoring.logs import fact, log_answer, note
+from ..monitoring.logs import log_answer, note
 from ..monitoring.metrics_logger import load_metrics
-from ..monitoring.resources import ResourceMonitor
 from ..monitoring.serving_metrics import ServerMetrics, refresh
-from ..monitoring.telemetry import Span, Telemetry
+from ..monitoring.telemetry import Span
 from .admission import Admission, InFlight, Leash, Limits, Room, drain
 from .backends import Backend, Embedder, LoadReporter, check_context, check_supported
 from .engine import RestartPolicy, next_token
@@ -35,6 +32,7 @@ from .hosting import HostedBot, Hosting, chat_format, host, lease, remove
 from .prompts import ChatPrompt, Prompt, encode_prompt, sampling_params
 from .request_stats import Meter, ModelStats, code_of
 from .sampling_params import Chunk, GenerationRequest, RequestError, SamplingParams
+from .watching import Watch
 
 T = TypeVar("T")
 
@@ -162,9 +160,8 @@ class Serving:
     def __init__(self, cfg: Config | LiveConfig, policy: RestartPolicy | None = None) -> None:
         live = cfg if isinstance(cfg, LiveConfig) else LiveConfig(cfg)  # updates of a LiveConfig are in force at once
         load_metrics(live.current.monitoring.metrics)
-        self.errors = ErrorHandler(error_log(live.current, lambda *what: self.metrics.exception(*what)), lambda: fact("request_id"))
-        self.metrics, self.monitor = ServerMetrics(__version__), watched(self, live.current.monitoring.resource_interval_s)
-        self.telemetry = telemetry_of(live.current)
+        self.metrics = ServerMetrics(__version__)
+        self.watch = Watch(live.current, self.metrics, lambda: look(self), lambda: server_stats(self))
         self.bots, self.in_flight, self.total = Hosting(live, policy), InFlight(), ModelStats()
         self.admission, self._began = Admission(lambda: admission_limits(self.bots.serving)), time.monotonic()
 
@@ -172,7 +169,11 @@ class Serving:
         loop = asyncio.get_running_loop()
         self._unsubscribe = self.bots.live.on_change(lambda old, new: _from_any_thread(loop, self.admission.admit))
         await self.bots.start()
-        begin_watching(self)
+        try:
+            await self.watch.begin()
+        except BaseException:
+            await self.bots.stop()
+            raise
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -183,7 +184,7 @@ class Serving:
         self._unsubscribe()
         await drain(self.in_flight, drain_s)
         await self.bots.stop()
-        await asyncio.to_thread(end_watching, self)
+        await self.watch.end()
 
     @property
     def ready(self) -> Readiness:
@@ -219,26 +220,6 @@ def deadline(
 logger = logging.getLogger("llmbot.serving")
 
 
-def error_log(cfg: Config, count: Callable[[str, str], None]) -> ErrorLog:
-    "Where exceptions are grouped, and reported to, by the settings. Raises `MissingExtraError`."
-    tokens = (cfg.serving.token, cfg.serving.admin_token, cfg.monitoring.sentry_dsn)
-    secrets = [token.get_secret_value() for token in tokens if token is not None]
-    reports: list[Report] = [JsonLines(cfg.monitoring.error_log)] if cfg.monitoring.error_log else []
-    if cfg.monitoring.sentry_dsn is not None:
-        reports.append(sentry_report(cfg.monitoring.sentry_dsn.get_secret_value(), __version__, secrets))
-    return ErrorLog(reports, secrets, count)
-
-
-def watched(server: "Serving", interval_s: float | None) -> ResourceMonitor | None:
-    "The monitor of a server's resources; it also keeps what Prometheus sees of the engines fresh for other workers."
-
-    def tell(sample: dict[str, float]) -> None:
-        server.metrics.resources(sample)
-        look(server)
-
-    return ResourceMonitor(interval_s, tell) if interval_s else None
-
-
 def look(server: "Serving") -> None:
     "Tell Prometheus what the engines are doing now."
     engines = []
@@ -248,28 +229,6 @@ def look(server: "Serving") -> None:
             kv = load.kv_tokens / load.kv_capacity if load is not None and load.kv_capacity else None
             engines.append((bot.name, bot.engine.state, bot.engine.restarts, kv))
     refresh(server.metrics, bool(server.ready), engines)
-
-# %% ../../nbs/serving/356_model_server.ipynb #7d3e7dff
-def begin_watching(server: "Serving") -> None:
-    "Whatever follows a server from now on."
-    logging.getLogger("llmbot").addHandler(server.errors)
-    if server.monitor is not None:
-        server.monitor.start()
-
-
-def end_watching(server: "Serving") -> None:
-    "The server has stopped: tell the last, and end."
-    if server.monitor is not None:
-        server.monitor.stop()
-    if server.telemetry is not None:
-        server.telemetry.close()
-    server.metrics.page.close()
-    logging.getLogger("llmbot").removeHandler(server.errors)
-
-
-def telemetry_of(cfg: Config) -> Telemetry | None:
-    "What sends to OpenTelemetry, where it is on. Raises `MissingExtraError` and `ConfigError`."
-    return Telemetry(__version__, cfg.monitoring.otlp_endpoint) if cfg.monitoring.opentelemetry else None
 
 
 def new_visit(
@@ -285,7 +244,8 @@ def new_visit(
     note(model=bot.name)
     texts, series = server.bots.live.current.monitoring.log_prompts, server.metrics.of(bot.name)
     meter = Meter(bot.stats, server.total, series=series, request_id=request_id, texts=texts)
-    span = server.telemetry.begin(operation) if server.telemetry is not None else None
+    telemetry = server.watch.telemetry
+    span = telemetry.begin(operation) if telemetry is not None else None
     return Visit(bot, leash, key, meter, prompt if texts else None, span)
 
 # %% ../../nbs/serving/356_model_server.ipynb #c12f53ae
@@ -296,12 +256,12 @@ def server_stats(server: Serving) -> dict[str, Any]:
         models[bot.name] = {**bot.describe(), **bot.stats.snapshot()}
         if bot.adapter is None and isinstance(bot.backend, LoadReporter):
             models[bot.name]["engine"] = dataclasses.asdict(bot.backend.load())
-    admission = server.admission
+    admission, watch = server.admission, server.watch
     now: dict[str, Any] = {"running": admission.running, "waiting": admission.waiting, "waiting_tokens": admission.order.tokens}
     now |= {"waiting_by_key": admission.order.by_key(), "mean_service_s": admission.service.mean_s}
     about = {"uptime_s": round(time.monotonic() - server._began, 3), "version": __version__}
-    rest: dict[str, Any] = {"resources": server.monitor.latest if server.monitor else {}, "custom": server.metrics.custom_summary()}
-    rest["exceptions"] = server.errors.errors.snapshot()
+    rest: dict[str, Any] = {"resources": watch.monitor.latest if watch.monitor else {}, "custom": server.metrics.custom_summary()}
+    rest["exceptions"] = watch.errors.errors.snapshot()
     return {**about, **now, "total": server.total.snapshot(), "models": models, **rest}
 
 # %% ../../nbs/serving/356_model_server.ipynb #ba1d377a
