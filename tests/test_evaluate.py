@@ -17,6 +17,7 @@ from llmbot.core.errors import BotError, ConfigError, DataError
 from llmbot.core.model_manager import load_bot, new_model, save_bot, train_tokenizer
 from llmbot.evaluation.compare import compare_bots
 from llmbot.evaluation.evaluate import evaluate_bot
+from llmbot.evaluation.page import round_ends
 from llmbot.monitoring.text_metrics import corpus_metric, exact_match, get_metric, token_f1
 
 CPU = ModelConfig(device="cpu")
@@ -277,6 +278,16 @@ def test_corpus_metric_of_ones_own(bot: str, tmp_path: Path) -> None:
     report = evaluate_bot(bot, write(tmp_path / "rows.jsonl", [*TALKS, *TALKS]), ["distinct_answers"], model=CPU)
     assert 1 <= report.metrics["distinct_answers"] <= len(TALKS)
     assert get_metric("distinct_answers").description == "How many different answers there are."
+
+
+@given(st.floats(-1e9, 1e9), st.floats(-1e9, 1e9))
+def test_an_axis_has_room_for_what_is_drawn(one: float, two: float) -> None:
+    low, high = min(one, two), max(one, two)
+    first, last, step = round_ends(low, high)
+    slack = 1e-6 * step
+    assert first <= low + slack
+    assert last >= high - slack
+    assert 1 <= round((last - first) / step) <= 9
 
 
 few_words = st.lists(st.sampled_from(["cat", "sat", "mat", "42"]), max_size=6)

@@ -35,7 +35,7 @@ def read_arguments(
     is_recipe = bool(given) and ("=" not in given[0] or Path(given[0]).is_file())
     return load_config(given[0] if is_recipe else None, given[1:] if is_recipe else given)
 
-# %% ../../nbs/app/525_cli_config.ipynb #28296158
+# %% ../../nbs/app/525_cli_config.ipynb #63088c58
 def complete_bot(incomplete: str) -> list[str]:
     "Names of bots for shell completion."
     return [path.name for path in list_bots() if path.name.startswith(incomplete)]

@@ -7,7 +7,7 @@ __all__ = ['app', 'WHO', 'Bot', 'Data', 'MaxRows', 'MaxTokens', 'Output', 'Html'
            'Stride', 'names_in', 'unescaped', 'is_address', 'writable', 'kept_beside', 'progress_of', 'deliver',
            'tell_trackers', 'settings_for', 'evaluate', 'compare', 'lm_eval']
 
-# %% ../../nbs/app/538_cli_evaluate.ipynb #8bf135cd
+# %% ../../nbs/app/538_cli_evaluate.ipynb #bf07fdab
 import contextlib
 import errno
 import os
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from llmbot.evaluation.compare import Comparison
     from llmbot.evaluation.report import EvaluationReport
 
-# %% ../../nbs/app/538_cli_evaluate.ipynb #898c15f7
+# %% ../../nbs/app/538_cli_evaluate.ipynb #a6592dac
 app = typer.Typer()
 WHO = "A path, a name, hf:OWNER/NAME, or the address of a server: http://HOST/v1#MODEL."
 Bot = Annotated[str, typer.Argument(metavar="BOT", help=WHO, autocompletion=complete_bot)]
@@ -76,7 +76,7 @@ def kept_beside(output: Path | None) -> Path | None:
     "Where answers are kept: report.json, and report.answers.jsonl."
     return output.with_name(f"{output.stem}.answers.jsonl") if output else None
 
-# %% ../../nbs/app/538_cli_evaluate.ipynb #f1b30ac4
+# %% ../../nbs/app/538_cli_evaluate.ipynb #4eb923ef
 @contextlib.contextmanager
 def progress_of(as_json: bool) -> Iterator[Callable[[int, int], None]]:
     "A bar on standard error while rows are asked, where somebody looks."
@@ -111,7 +111,7 @@ def tell_trackers(found: "EvaluationReport | Comparison", ref: str, cfg: Config)
         if left:
             say(f"{name} did not take {left} calls; they are kept beside the run.", "yellow", terminal(sys.stderr))
 
-# %% ../../nbs/app/538_cli_evaluate.ipynb #1491b56e
+# %% ../../nbs/app/538_cli_evaluate.ipynb #b8e211b1
 def settings_for(
     refs: list[str],  # bots, or addresses of servers
     config: Path | None,
@@ -124,7 +124,7 @@ def settings_for(
         raise ConfigError("--model names a model of a server: give the server's address in the place of the bot")
     return settle(config, overrides, serving__backend="remote" if server else None, engine__model=model)
 
-# %% ../../nbs/app/538_cli_evaluate.ipynb #f48bf9ac
+# %% ../../nbs/app/538_cli_evaluate.ipynb #08cca17f
 @app.command()
 def evaluate(
     bot: Bot,
@@ -166,7 +166,7 @@ def evaluate(
             tell_trackers(report, bot, cfg)
     emit(report.to_dict()) if as_json else terminal().print(report)
 
-# %% ../../nbs/app/538_cli_evaluate.ipynb #f7eeca01
+# %% ../../nbs/app/538_cli_evaluate.ipynb #a27b67a8
 @app.command()
 def compare(
     first: Bot,
@@ -207,7 +207,7 @@ def compare(
             tell_trackers(found, second, cfg)
     emit(found.to_dict()) if as_json else terminal().print(found)
 
-# %% ../../nbs/app/538_cli_evaluate.ipynb #5c498e97
+# %% ../../nbs/app/538_cli_evaluate.ipynb #f2b7594d
 @app.command("lm-eval")
 def lm_eval(
     bot: Annotated[str, typer.Argument(metavar="BOT", help="A path, a name, or hf:OWNER/NAME.", autocompletion=complete_bot)],

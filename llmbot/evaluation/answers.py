@@ -41,7 +41,7 @@ def unasked(kept: Kept, questions: Sequence[Question]) -> list[int]:
     "The questions that wait for an answer."
     return [i for i in range(len(questions)) if answer_key(i) not in kept.found]
 
-# %% ../../nbs/evaluation/406_answers.ipynb #80bb6e6e
+# %% ../../nbs/evaluation/406_answers.ipynb #91b2708f
 def answers_in_batches(
     bot: LoadedBot,
     questions: Sequence[Question],
@@ -67,7 +67,7 @@ def answers_in_batches(
             progress(start + len(rows), len(questions))
     return said(kept, questions)
 
-# %% ../../nbs/evaluation/406_answers.ipynb #bd07b710
+# %% ../../nbs/evaluation/406_answers.ipynb #f7648d28
 async def ask_some(
     questions: Sequence[Question],
     ask: Callable[[int, Question], Coroutine[Any, Any, Said]],  # one question, by its number
@@ -92,7 +92,7 @@ async def ask_some(
             group.create_task(one(index))
     return said(kept, questions)
 
-# %% ../../nbs/evaluation/406_answers.ipynb #a86d8c36
+# %% ../../nbs/evaluation/406_answers.ipynb #94d22cae
 async def answers_from_backend(
     name: str,
     ref: str,

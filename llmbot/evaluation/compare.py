@@ -46,7 +46,7 @@ class ComparedRow:
     where: str = ""  # file and line
     judged: str = ""  # what the judge said of the second: win, loss, tie, disagreement, unreadable, same
 
-# %% ../../nbs/evaluation/420_compare.ipynb #cf8dbc35
+# %% ../../nbs/evaluation/420_compare.ipynb #1cf07df3
 @dataclass(repr=False)
 class Comparison:
     "Two bots on the same rows."
@@ -166,7 +166,7 @@ def _units(first: _Parts, second: _Parts) -> "tuple[list[Likelihood], list[Likel
         return [part for row in first for part in row if part.tokens], [part for row in second for part in row if part.tokens]
     return [sum(row[1:], row[0]) for row in first], [sum(row[1:], row[0]) for row in second]
 
-# %% ../../nbs/evaluation/420_compare.ipynb #ea0db446
+# %% ../../nbs/evaluation/420_compare.ipynb #d2dd2cbf
 def likelihood_differences(
     names: Sequence[str],  # loss, perplexity, bits_per_byte
     first: _Parts,
@@ -216,7 +216,7 @@ def _rows(asked: Sequence[Question], said: Sequence[str], also: Sequence[str], m
         ComparedRow(q.prompt, q.reference, "", "", (-sum(p.nll for p in a), -sum(p.nll for p in b)), q.where)
         for q, a, b in zip(asked, first, second, strict=True)]
 
-# %% ../../nbs/evaluation/420_compare.ipynb #eef0e311
+# %% ../../nbs/evaluation/420_compare.ipynb #e205cb3b
 def _judged(judge: str | Path | None, rows: list[ComparedRow], engine: Mapping[str, Any], how: Asking,
             keep: Path | None) -> Judgement | None:  # fmt: skip
     "What a judge says, also row by row."
@@ -229,7 +229,7 @@ def _judged(judge: str | Path | None, rows: list[ComparedRow], engine: Mapping[s
         row.judged = one
     return found
 
-# %% ../../nbs/evaluation/420_compare.ipynb #40fc42e9
+# %% ../../nbs/evaluation/420_compare.ipynb #80d5ff0e
 def compare_bots(
     first: str | Path,  # a bot, or the address of a server
     second: str | Path,  # another, better or worse
@@ -267,7 +267,7 @@ def compare_bots(
     two = ask_questions(second, data, bool(said_by), bool(surprise), again)
     return _compared(one, two, said_by, surprise, resamples, examples, how, kept, judge, judge_settings or {})
 
-# %% ../../nbs/evaluation/420_compare.ipynb #82584091
+# %% ../../nbs/evaluation/420_compare.ipynb #ba460e06
 def _compared(one: Asked, two: Asked, said_by: Sequence[str], surprise: Sequence[str], resamples: int, examples: int, how: Asking,
               kept: Path | None, judge: str | Path | None, judge_settings: Mapping[str, Any]) -> Comparison:  # fmt: skip
     "The comparison of what two bots said."

@@ -34,7 +34,7 @@ from ..serving.engine_settings import RemoteSettings
 if TYPE_CHECKING:
     from llmbot.monitoring.likelihood import Likelihood
 
-# %% ../../nbs/evaluation/410_evaluate.ipynb #cb124931
+# %% ../../nbs/evaluation/410_evaluate.ipynb #32fe36f6
 @dataclass(frozen=True)
 class Asking:
     "How rows are read and asked; the parameters of `evaluate_bot` of the same names."
@@ -65,7 +65,7 @@ class Asking:
         layout = self.layout if bot is None or not bot.chat.has_template else None
         return Reading(bot.chat if bot else None, context, self.config, compare, surprise, layout, self.window, self.stride)
 
-# %% ../../nbs/evaluation/410_evaluate.ipynb #09302a30
+# %% ../../nbs/evaluation/410_evaluate.ipynb #2972a6f6
 def settings_of(
     how: Asking,
     bot: LoadedBot | None,
@@ -137,7 +137,7 @@ def _read(files: Sequence[str], bot: LoadedBot | None, reading: Reading, how: As
             raise
         raise BotError(f"{exc} To have it continue a text instead, give a layout such as '{{prompt}}\\n'.") from exc
 
-# %% ../../nbs/evaluation/410_evaluate.ipynb #3f937c3c
+# %% ../../nbs/evaluation/410_evaluate.ipynb #9593593a
 def ask_questions(
     ref: str | Path,  # the bot, or a server's address
     data: str | Path | Sequence[str | Path],  # held-out files, directories or hub data sets

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['evaluation_page', 'comparison_page', 'save_html']
 
-# %% ../../nbs/evaluation/425_html_report.ipynb #52d41b3d
+# %% ../../nbs/evaluation/425_html_report.ipynb #e12320d8
 import json
 from html import escape
 from pathlib import Path
@@ -16,7 +16,7 @@ from .compare import Comparison, comparison_lines
 from .page import folded, histogram, html_page, html_table, interval_plot, share_bar
 from .report import EvaluationReport, GroupResult
 
-# %% ../../nbs/evaluation/425_html_report.ipynb #9241420b
+# %% ../../nbs/evaluation/425_html_report.ipynb #af82523f
 def _facts(found: EvaluationReport | Comparison) -> str:
     "What the figures depend on."
     facts: dict[str, Any] = {"data": ", ".join(found.data), "rows": found.rows, "date": found.date, "fingerprint": found.fingerprint}
@@ -34,7 +34,7 @@ def _line(name: str, group: GroupResult, label: str) -> tuple[str, float, float 
     interval = group.intervals.get(name)
     return label, group.metrics[name], interval.low if interval else None, interval.high if interval else None
 
-# %% ../../nbs/evaluation/425_html_report.ipynb #d7faf6cc
+# %% ../../nbs/evaluation/425_html_report.ipynb #c1ede860
 def evaluation_page(
     report: EvaluationReport,
 ) -> str:  # an HTML document
@@ -57,7 +57,7 @@ def evaluation_page(
     sections["What they depend on"] = _notes(lost + report.notes) + _facts(report)
     return html_page(f"Evaluation of {report.bot}", f"{report.split}, {report.rows:,} rows, {report.date}", sections)
 
-# %% ../../nbs/evaluation/425_html_report.ipynb #e4521442
+# %% ../../nbs/evaluation/425_html_report.ipynb #d5217325
 def comparison_page(
     found: Comparison,
 ) -> str:  # an HTML document

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PROMPT', 'Place', 'Outcome', 'Pair', 'judge_prompt', 'verdict', 'outcome', 'Judgement', 'summed_up', 'judge_pairs']
 
-# %% ../../nbs/evaluation/415_judge.ipynb #c3a9246d
+# %% ../../nbs/evaluation/415_judge.ipynb #c14ea74d
 import hashlib
 import re
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ from .server import answers_from_server, is_url, open_server
 from ..monitoring.bootstrap import Interval, figure_interval, sign_test
 from ..serving.engine_settings import RemoteSettings
 
-# %% ../../nbs/evaluation/415_judge.ipynb #384e3311
+# %% ../../nbs/evaluation/415_judge.ipynb #7aead839
 PROMPT = """You compare two answers to the same question. Judge which one is better: correct first, then helpful, then clear. \
 Length and the order of the answers do not count.
 
@@ -61,7 +61,7 @@ def judge_prompt(pair: Pair, swapped: bool) -> str:
     parts = {"question": pair.question, "reference": pair.reference or "(none)", "a": a, "b": b}
     return re.sub(r"\{(question|reference|a|b)\}", lambda found: parts[found[1]], PROMPT)
 
-# %% ../../nbs/evaluation/415_judge.ipynb #9b4c529c
+# %% ../../nbs/evaluation/415_judge.ipynb #69ab37b2
 def verdict(
     text: str,  # what the judge said
 ) -> Place | None:  # None when it said neither
@@ -82,7 +82,7 @@ def outcome(
     two = {"A": "win", "B": "loss", "C": "tie"}[swapped]
     return one if one == two else "disagreement"  # type: ignore[return-value]
 
-# %% ../../nbs/evaluation/415_judge.ipynb #ad93d36c
+# %% ../../nbs/evaluation/415_judge.ipynb #0f3df06d
 @dataclass
 class Judgement:
     "What a judge said about two bots on the same rows."
@@ -124,7 +124,7 @@ class Judgement:
             said.append(f"the judge took the first place in {self.first_place:.0%} of its decisions (50 %: no liking for a place)")
         return said + [f"not a verdict: {text[:200]!r}" for text in self.examples]
 
-# %% ../../nbs/evaluation/415_judge.ipynb #0771e8ac
+# %% ../../nbs/evaluation/415_judge.ipynb #ce88bea1
 def summed_up(
     name: str,  # of the judge
     pairs: Sequence[Pair],
@@ -140,7 +140,7 @@ def summed_up(
         found.interval = figure_interval(lambda rows: sum(points[i] for i in rows) / len(rows), len(points))
     return found
 
-# %% ../../nbs/evaluation/415_judge.ipynb #765b4959
+# %% ../../nbs/evaluation/415_judge.ipynb #ecd7c4c8
 def judge_pairs(
     judge: str | Path,  # the address of a server, or a bot
     pairs: Sequence[Pair],

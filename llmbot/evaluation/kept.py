@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['changed_keys', 'read_kept', 'Kept']
 
-# %% ../../nbs/evaluation/405_kept.ipynb #ee517b99
+# %% ../../nbs/evaluation/405_kept.ipynb #dbd8023b
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 
 from ..core.errors import ConfigError, DataError
 
-# %% ../../nbs/evaluation/405_kept.ipynb #cd2c4c1d
+# %% ../../nbs/evaluation/405_kept.ipynb #4b382323
 def changed_keys(
     before: Mapping[str, Any],
     now: Mapping[str, Any],
@@ -42,7 +42,7 @@ def read_kept(
             file.truncate(len(whole) + 1)
     return found
 
-# %% ../../nbs/evaluation/405_kept.ipynb #4dcb6eeb
+# %% ../../nbs/evaluation/405_kept.ipynb #8e7444ec
 class Kept:
     "What rows gave so far; in memory alone where there is no file."
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['find_lm_eval', 'task_names', 'tasks_fingerprint', 'reports_of', 'run_tasks']
 
-# %% ../../nbs/evaluation/430_lm_eval.ipynb #be3d6984
+# %% ../../nbs/evaluation/430_lm_eval.ipynb #99099752
 import hashlib
 import json
 import os
@@ -27,7 +27,7 @@ from ..core.model_manager import context_length, load_bot
 from .report import EvaluationReport
 from ..monitoring.bootstrap import Interval
 
-# %% ../../nbs/evaluation/430_lm_eval.ipynb #3bee7374
+# %% ../../nbs/evaluation/430_lm_eval.ipynb #daf0e0c1
 def find_lm_eval(
     command: str | None = None,  # a path; None: `$LLMBOT_LM_EVAL`, else on the PATH
 ) -> str:
@@ -72,7 +72,7 @@ def tasks_fingerprint(
     lines = (f"{p.relative_to(directory).as_posix()} {hashlib.sha256(p.read_bytes()).hexdigest()}\n" for p in files)
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
-# %% ../../nbs/evaluation/430_lm_eval.ipynb #7878e1d5
+# %% ../../nbs/evaluation/430_lm_eval.ipynb #961a7664
 def reports_of(
     found: Mapping[str, Any],  # the JSON that lm_eval writes
     bot: str,  # its name
@@ -109,7 +109,7 @@ def _arguments(command: str, url: str, bot: Any, directory: Path, names: Sequenc
     given += ["--num_fewshot", str(more["num_fewshot"])] if more["num_fewshot"] is not None else []
     return given + (["--apply_chat_template"] if more["chat"] else [])
 
-# %% ../../nbs/evaluation/430_lm_eval.ipynb #edd45fb7
+# %% ../../nbs/evaluation/430_lm_eval.ipynb #0c1b8e7c
 def run_tasks(
     ref: str | Path,  # a bot
     directory: str | Path,  # of task files; their data must be local, too

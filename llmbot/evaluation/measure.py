@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LOGITS_BYTES', 'LIKELIHOOD', 'batches_of', 'measure']
 
-# %% ../../nbs/evaluation/408_measure.ipynb #94c1b4ce
+# %% ../../nbs/evaluation/408_measure.ipynb #9b0e6d71
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from .questions import Question
 if TYPE_CHECKING:
     from llmbot.monitoring.likelihood import Likelihood
 
-# %% ../../nbs/evaluation/408_measure.ipynb #6db9e0e6
+# %% ../../nbs/evaluation/408_measure.ipynb #5ddd52a1
 LOGITS_BYTES = 2**28  # most bytes of fp32 logits in one batch, where a single row does not need more
 LIKELIHOOD = ("loss", "perplexity", "bits_per_byte")  # figures that need probabilities
 
@@ -38,7 +38,7 @@ def batches_of(
     if waiting:
         yield waiting
 
-# %% ../../nbs/evaluation/408_measure.ipynb #aff08d51
+# %% ../../nbs/evaluation/408_measure.ipynb #85140fa5
 def measure(
     bot: LoadedBot,
     questions: Sequence[Question],

@@ -6,13 +6,13 @@
 __all__ = ['STYLE', 'WIDTH', 'LABEL', 'ROW', 'html_page', 'html_table', 'folded', 'round_ends', 'interval_plot', 'histogram',
            'share_bar']
 
-# %% ../../nbs/evaluation/403_page.ipynb #a8f1fa73
+# %% ../../nbs/evaluation/403_page.ipynb #62ffb2e2
 import math
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-# %% ../../nbs/evaluation/403_page.ipynb #a357fce9
+# %% ../../nbs/evaluation/403_page.ipynb #5c80fa85
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --ink: #2563a8; --good: #2e7d4f; --bad: #b3452c; --even: #8888; }
 @media (prefers-color-scheme: dark) { :root { --ink: #7db4f0; --good: #6fc08d; --bad: #ee8a70; } }
@@ -43,7 +43,7 @@ def html_page(
         f'<p class="lead">{escape(lead)}</p>{body}</body></html>\n'
     )
 
-# %% ../../nbs/evaluation/403_page.ipynb #4e2273df
+# %% ../../nbs/evaluation/403_page.ipynb #0616ad0a
 def _cell(value: Any) -> str:
     "A whole number, a number with four significant digits, or escaped text."
     if isinstance(value, int | float):
@@ -70,7 +70,7 @@ def folded(
     "Something that opens on a click, without a script."
     return f"<details><summary>{escape(summary)}</summary>{content}</details>"
 
-# %% ../../nbs/evaluation/403_page.ipynb #7f54d920
+# %% ../../nbs/evaluation/403_page.ipynb #195af75d
 WIDTH, LABEL, ROW = 640, 170, 24  # of a plot, of its labels, and of one line, in SVG's units
 
 
@@ -79,9 +79,11 @@ def round_ends(
     high: float,
 ) -> tuple[float, float, float]:  # first and last mark of the axis, and the step between two marks
     "Round numbers around a range, four to eight steps apart."
-    span = high - low if high > low else abs(high) or 1.0
+    scale = max(abs(low), abs(high))
+    scale = scale if scale > 1e-100 else 1.0
+    span = high - low if high - low > 1e-9 * scale else scale  # numbers that are as good as equal
     step = 10.0 ** math.floor(math.log10(span))
-    step = next(step * part for part in (0.1, 0.2, 0.25, 0.5, 1.0) if span / (step * part) <= 7)
+    step = next(step * part for part in (0.1, 0.2, 0.25, 0.5, 1.0, 2.0) if span / (step * part) <= 7)
     first, last = math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step
     return first, last if last > first else first + step, step
 
@@ -113,7 +115,7 @@ def interval_plot(
         parts.append(_line_of(label, value, low, high, ROW * row + ROW / 2 + 2, x))
     return f'<svg viewBox="0 0 {WIDTH} {height}" role="img">{"".join(parts)}</svg>'
 
-# %% ../../nbs/evaluation/403_page.ipynb #93c494fd
+# %% ../../nbs/evaluation/403_page.ipynb #edd3b999
 def _line_of(label: str, value: float, low: float | None, high: float | None, y: float, x: Any) -> str:
     "One line of an interval plot."
     shown = label if len(label) <= 26 else label[:25] + "\u2026"
@@ -124,7 +126,7 @@ def _line_of(label: str, value: float, low: float | None, high: float | None, y:
         parts += f'<circle class="mark" cx="{x(value)}" cy="{y}" r="4"><title>{escape(label)}: {value:.4g}</title></circle>'
     return parts
 
-# %% ../../nbs/evaluation/403_page.ipynb #bbc2d324
+# %% ../../nbs/evaluation/403_page.ipynb #2d98ff2d
 def histogram(
     values: Sequence[float],  # of rows
     title: str,

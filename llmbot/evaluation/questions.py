@@ -44,7 +44,7 @@ class Question:
     rows: int = 1  # blocks of a text file that are one text
     digest: str = ""  # of what the row says, whatever the bot
 
-# %% ../../nbs/evaluation/404_questions.ipynb #f7f7df8c
+# %% ../../nbs/evaluation/404_questions.ipynb #2e2db754
 def windows(
     document: Encoded,
     size: int,  # tokens of a window
@@ -65,7 +65,7 @@ def windows(
             break
     return pieces
 
-# %% ../../nbs/evaluation/404_questions.ipynb #27bd9226
+# %% ../../nbs/evaluation/404_questions.ipynb #49906501
 def in_layout(
     messages: Sequence[Mapping[str, Any]],  # before the answer
     layout: str,  # text with {prompt}
@@ -125,7 +125,7 @@ class Reading:
         if length > self.context:
             raise DataError(f"too long for the context of {self.context} tokens: {length} tokens.")
 
-# %% ../../nbs/evaluation/404_questions.ipynb #af335664
+# %% ../../nbs/evaluation/404_questions.ipynb #a43e5d88
 def render(
     reading: Reading,
     question: Question,  # is filled in
@@ -147,7 +147,7 @@ def render(
     question.reference_tokens = length - len(question.prompt_ids)
     reading.check(length)
 
-# %% ../../nbs/evaluation/404_questions.ipynb #b1658b2d
+# %% ../../nbs/evaluation/404_questions.ipynb #84950b63
 def _encoded(outcomes: Sequence[Outcome]) -> list[Encoded]:
     if problem := outcomes[0].problem:
         raise DataError(problem)
@@ -226,7 +226,7 @@ class _Reader:
             count_loss(self.dropped, problem, where, excerpt)
         self.open = False
 
-# %% ../../nbs/evaluation/404_questions.ipynb #ec9b16c1
+# %% ../../nbs/evaluation/404_questions.ipynb #7b423140
 def read_questions(
     data: Sequence[str],  # files, directories, hub data sets
     reading: Reading,

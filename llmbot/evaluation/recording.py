@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['part_of', 'figures_of', 'record_report']
 
-# %% ../../nbs/evaluation/402_recording.ipynb #27f2fba8
+# %% ../../nbs/evaluation/402_recording.ipynb #bedceec6
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from ..core.errors import BotError
 from ..core.evaluations import record_evaluation
 from .report import EvaluationReport
 
-# %% ../../nbs/evaluation/402_recording.ipynb #1fc7371f
+# %% ../../nbs/evaluation/402_recording.ipynb #6915f2a6
 def part_of(
     report: EvaluationReport,
 ) -> str:

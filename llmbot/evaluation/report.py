@@ -114,7 +114,7 @@ def _lines(report: EvaluationReport) -> tuple[list[str], list[list[str]], str]:
         header, *body = map(list, zip(header, *body, strict=True))
     return header, body, "\n".join(notes)
 
-# %% ../../nbs/evaluation/400_report.ipynb #58077091
+# %% ../../nbs/evaluation/400_report.ipynb #91baa667
 def report_table(report: EvaluationReport) -> "Group":
     "A table and its notes, for rich."
     from rich.console import Group

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['is_url', 'api_base', 'ChatServer', 'call', 'complete', 'answers_from_server', 'open_server']
 
-# %% ../../nbs/evaluation/407_server.ipynb #14fa0cce
+# %% ../../nbs/evaluation/407_server.ipynb #6f5aa305
 import asyncio
 import os
 import random
@@ -24,7 +24,7 @@ from ..serving.engine_settings import RemoteSettings
 from ..serving.remote_backend import RETRIED, UpstreamError, UpstreamTimeoutError, remote_client, upstream_refusal
 from ..serving.sampling_params import RequestError
 
-# %% ../../nbs/evaluation/407_server.ipynb #4e604385
+# %% ../../nbs/evaluation/407_server.ipynb #9378c593
 def is_url(
     ref: object,  # what was given as a bot
 ) -> bool:
@@ -44,7 +44,7 @@ def api_base(
                           "LLMBOT_REMOTE_API_KEY, and the address alone")
     return url.rstrip("/") if parts.path.strip("/") else f"{parts.scheme}://{parts.netloc}/v1"
 
-# %% ../../nbs/evaluation/407_server.ipynb #d6d02e21
+# %% ../../nbs/evaluation/407_server.ipynb #9fc64c08
 class ChatServer:
     "A client of one server; use it in `async with`."
 
@@ -77,7 +77,7 @@ class ChatServer:
             self._model = names[0]
         return self._model
 
-# %% ../../nbs/evaluation/407_server.ipynb #8e0f062c
+# %% ../../nbs/evaluation/407_server.ipynb #39cf6ffe
 async def call(
     server: ChatServer,
     method: str,
@@ -108,7 +108,7 @@ async def call(
     kind = type(last) if isinstance(last, RequestError) else UpstreamError
     raise kind(server.redactor.text(f"{server.base}: {last}"), code=getattr(last, "code", None)) from None
 
-# %% ../../nbs/evaluation/407_server.ipynb #11fa3ae4
+# %% ../../nbs/evaluation/407_server.ipynb #761f2437
 async def complete(
     server: ChatServer,
     question: Question,
@@ -140,7 +140,7 @@ async def answers_from_server(
     async with server:
         return await ask_some(questions, lambda index, question: complete(server, question, max_new_tokens), kept, progress)
 
-# %% ../../nbs/evaluation/407_server.ipynb #a49dce43
+# %% ../../nbs/evaluation/407_server.ipynb #10db6ce3
 def open_server(
     url: str,
     settings: RemoteSettings,  # with the model's name, where the server has several

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['evaluation_run', 'table_of', 'numbers_of', 'track']
 
-# %% ../../nbs/evaluation/428_tracking.ipynb #6410e6f3
+# %% ../../nbs/evaluation/428_tracking.ipynb #2aed0365
 import dataclasses
 import uuid
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ from .report import EvaluationReport
 from .server import is_url
 from ..monitoring.experiment_tracker import TRACKING, TrackedRun, TrackerGroup, create_trackers, identity
 
-# %% ../../nbs/evaluation/428_tracking.ipynb #475bac3e
+# %% ../../nbs/evaluation/428_tracking.ipynb #15471287
 def evaluation_run(
     ref: str | Path,  # the bot that is measured
     cfg: Config,  # its section `monitoring`
@@ -67,7 +67,7 @@ def numbers_of(found: EvaluationReport | Comparison) -> dict[str, float]:
         numbers |= {"wins": found.wins, "losses": found.losses, "ties": found.ties, "rows": found.rows}
     return {f"evaluation/{name}": float(value) for name, value in numbers.items()}
 
-# %% ../../nbs/evaluation/428_tracking.ipynb #82483b19
+# %% ../../nbs/evaluation/428_tracking.ipynb #f2a5fcae
 def _secrets(cfg: Config) -> list[str]:
     sections = [value for value in vars(cfg).values() if dataclasses.is_dataclass(value)]
     return [v.get_secret_value() for section in sections for v in vars(section).values() if isinstance(v, SecretStr)]
