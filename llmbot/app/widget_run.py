@@ -6,7 +6,7 @@
 __all__ = ['History', 'curve_of', 'newest', 'status_line', 'paused', 'resumed', 'stopped', 'finished', 'changed_rate', 'sampled',
            'Levers', 'RunView', 'show_run', 'run_text']
 
-# %% ../../nbs/app/552_widget_run.ipynb #2726904f
+# %% ../../nbs/app/552_widget_run.ipynb #891c071b
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from ..core.errors import TrainingError
 from ..training.plan import amount, time_text
 from ..training.run_files import RunStatus
 
-# %% ../../nbs/app/552_widget_run.ipynb #2f56cceb
+# %% ../../nbs/app/552_widget_run.ipynb #abefba37
 History = Sequence[Mapping[str, float]]  # what the trainer logged, with its step
 
 
@@ -50,7 +50,7 @@ def status_line(
     parts += [f"GPU {amount(status.gpu_memory_bytes)}" if status.gpu_memory_bytes else ""]
     return " · ".join(part for part in parts if part)
 
-# %% ../../nbs/app/552_widget_run.ipynb #65a916a5
+# %% ../../nbs/app/552_widget_run.ipynb #2ce6323a
 def paused(run: LiveRun) -> str:
     "Hold the run."
     run.pause()
@@ -88,7 +88,7 @@ def sampled(run: LiveRun, prompt: str) -> str:
     "Ask the model as it is now."
     return f"{prompt}\n→ {run.sample(prompt)}"
 
-# %% ../../nbs/app/552_widget_run.ipynb #4be1d4a8
+# %% ../../nbs/app/552_widget_run.ipynb #ae20430d
 class Levers:
     "The buttons that steer a run."
 
@@ -118,7 +118,7 @@ class Levers:
         for name, button in self.buttons.items():
             button.disabled = not on or (name == "Resume" and state != "paused") or (name == "Pause" and state == "paused")
 
-# %% ../../nbs/app/552_widget_run.ipynb #52420178
+# %% ../../nbs/app/552_widget_run.ipynb #2a278683
 class RunView(Shown):
     "A run to look at and to steer. `run` may be set at any time; None shows nothing yet."
 
@@ -131,8 +131,8 @@ class RunView(Shown):
         self.run = run if isinstance(run, LiveRun) or run is None else LiveRun(run)
         self.line, self.loss, self.rate, self.said, self.log = (w.HTML() for _ in range(5))
         self.levers = Levers(self.ask)
-        log = w.Accordion(children=[self.log], titles=("Log",), selected_index=None)
-        self.box = w.VBox([self.line, self.loss, self.rate, self.levers.box, self.said, log])
+        folded = w.Accordion(children=[self.log], titles=("Log",), selected_index=None)
+        self.box = w.VBox([self.line, self.loss, self.rate, self.levers.box, self.said, folded])
         self.drawn = -1  # entries of the history that the curves show
         self.look()
         self.clock = every(seconds, self.look)
@@ -146,7 +146,7 @@ class RunView(Shown):
         "Give the run a command, and show what it says."
         run = self.run
         if run is None:
-            self.said.value = note("There is no run yet: start one, or attach to one.", "error")
+            self.failed(TrainingError("There is no run yet: start one, or attach to one."))
             return
         self.said.value = note("…")
         in_background(lambda: setattr(self.said, "value", note(command(run))), self.failed)
@@ -157,24 +157,25 @@ class RunView(Shown):
 
     def look(self) -> bool:  # goes on as long as the view lives
         "Show how the run stands."
-        try:
-            show_run(self)
-        except (TrainingError, OSError) as exc:
-            self.line.value = note(str(exc), "error")
+        show_run(self)
         return True
 
     def text(self) -> str:
         "How the run stands, and the last of its losses."
         return run_text(self.run)
 
-# %% ../../nbs/app/552_widget_run.ipynb #2bf33d84
+# %% ../../nbs/app/552_widget_run.ipynb #d93e9fbb
 def show_run(view: RunView) -> None:
-    "Bring a view up to date; what has not changed is not sent again. Raises `TrainingError` where no run is."
+    "Bring a view up to date; what has not changed is not sent again."
     if view.run is None:
         view.levers.fit("none")
         view.line.value = note("No run yet.")
         return
-    status, history = view.run.status(), view.run.history()
+    try:
+        status, history = view.run.status(), view.run.history()
+    except (TrainingError, OSError) as exc:
+        view.line.value = note(str(exc), "error")
+        return
     line, kind = status_line(status, history), {"failed": "error", "finished": "good"}.get(status.state, "")
     view.line.value = note(f"{line}\n{status.message}".strip(), kind)
     view.levers.fit(status.state)
