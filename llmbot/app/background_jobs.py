@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HEAVY', 'Tell', 'Status', 'job_context', 'said_of', 'leave_with_parent', 'carry_out', 'Standing', 'ending', 'Job']
 
-# %% ../../nbs/app/548_background_jobs.ipynb #60435bfe
+# %% ../../nbs/app/548_background_jobs.ipynb #bf43f3ec
 import multiprocessing
 import os
 import signal
@@ -20,8 +20,8 @@ from typing import Any, Literal
 
 from ..core.errors import LLMBotError, storage_reason
 
-# %% ../../nbs/app/548_background_jobs.ipynb #506c759c
-HEAVY = ["torch", "transformers", "llmbot.core.model_manager"]  # imported once, for all jobs
+# %% ../../nbs/app/548_background_jobs.ipynb #0fff3455
+HEAVY = ["torch", "transformers", "llmbot.training.trainer", "llmbot.evaluation.compare"]  # imported once, for all jobs
 Tell = Callable[[int, int], None]  # (done, in all): how far the work is
 
 
@@ -43,7 +43,7 @@ def said_of(error: Exception) -> str:
     traceback.print_exception(error, file=sys.stderr)
     return f"Something in llmbot failed ({type(error).__name__}: {error}); the log has the details."
 
-# %% ../../nbs/app/548_background_jobs.ipynb #161df7a4
+# %% ../../nbs/app/548_background_jobs.ipynb #89bb7653
 def leave_with_parent() -> None:
     "End this process when the one that wanted the work is gone."
     parent = multiprocessing.parent_process()
@@ -74,7 +74,7 @@ def carry_out(
     except Exception as exc:
         outlet.send(("error", said_of(exc)))
 
-# %% ../../nbs/app/548_background_jobs.ipynb #d0128080
+# %% ../../nbs/app/548_background_jobs.ipynb #af6d6f34
 Status = Literal["running", "done", "failed", "cancelled"]
 
 
@@ -111,7 +111,7 @@ class Standing:
             raise LLMBotError(self.error or f"'{self.title}' was cancelled.")
         return self.result
 
-# %% ../../nbs/app/548_background_jobs.ipynb #f464f1ba
+# %% ../../nbs/app/548_background_jobs.ipynb #62dac8d0
 def ending(
     last: tuple[Any, ...],  # what the process said at last; empty when it said nothing
     code: int,  # its exit code; negative: the signal that ended it
@@ -125,7 +125,7 @@ def ending(
     hint = " Systems do that when memory runs out." if how == "SIGKILL" else ""
     return "failed", None, f"The work ended without a result: its process was ended by {how}.{hint}"
 
-# %% ../../nbs/app/548_background_jobs.ipynb #91c4a86a
+# %% ../../nbs/app/548_background_jobs.ipynb #8b0cb2a5
 class Job(Standing):
     "Work in a process of its own."
 

@@ -6,7 +6,7 @@
 __all__ = ['MARKS', 'SHOWN', 'ASKED', 'LEAD', 'NOTHING', 'sample_html', 'loss_rows', 'kept_html', 'report_html', 'look',
            'first_batch', 'known_fields', 'DataInputs', 'DataPage', 'data_page']
 
-# %% ../../nbs/app/581_dashboard_data.ipynb #70060f8a
+# %% ../../nbs/app/581_dashboard_data.ipynb #239d319b
 from collections.abc import Iterator
 from html import escape
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from .background_jobs import Job, Tell
 from .dashboard_pages import Desk, guarded, register_page
-from .dashboard_parts import FormView, JobView, placed
+from .dashboard_parts import FormView, JobView, beside, placed
 from .dashboard_views import empty_html, facts_html, heading_html, html_pane, notice_html, table_html, toolkit
 from .data_preview import data_files, inspect_data, keep_upload
 from .form_fields import FormField, form_fields, form_values, read_form
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from llmbot.core.data_report import DataReport, Loss, Sample
     from llmbot.core.preflight import PreflightReport
 
-# %% ../../nbs/app/581_dashboard_data.ipynb #9f184307
+# %% ../../nbs/app/581_dashboard_data.ipynb #9cd8f318
 MARKS = """<style>mark { background: rgba(46, 160, 67, .3); color: inherit; text-decoration: underline; text-decoration-thickness: 1px }
 pre { padding: .5rem; border: 1px solid var(--mui-palette-divider, #bbb); border-radius: 4px; max-height: 24rem; overflow: auto }</style>"""
 SHOWN = 1500  # characters of a piece of a sample
@@ -54,7 +54,7 @@ def loss_rows(losses: dict[str, "Loss"]) -> list[list[Any]]:
     ordered = sorted(losses.items(), key=lambda item: -item[1].count)
     return [[loss.count, reason, place(loss.where), loss.detail, loss.excerpt[:200]] for reason, loss in ordered]
 
-# %% ../../nbs/app/581_dashboard_data.ipynb #91a8b707
+# %% ../../nbs/app/581_dashboard_data.ipynb #1e8c17d6
 def kept_html(data: "DataReport") -> Iterator[str]:
     "What was recognised, and what there is of it."
     yield facts_html([("rows read", data.rows_read), ("kept", data.rows_kept), ("lost", data.rows_dropped),
@@ -79,7 +79,7 @@ def report_html(
     parts.append("<h2>What the model sees, and <mark>what it learns</mark></h2>")
     return "".join([*parts, *map(sample_html, data.samples[:3])])
 
-# %% ../../nbs/app/581_dashboard_data.ipynb #7ba26543
+# %% ../../nbs/app/581_dashboard_data.ipynb #71b4d0cd
 ASKED = ("format", "max_seq_length", "max_rows", "validation_split", "train_on", "on_overlong", "on_bad_row", "system_prompt", "columns")
 LEAD = "See what would be read, what would be lost and why, and what a model would learn, before you train."
 NOTHING = empty_html("No data has been looked at", "Upload a file, or choose one from the folder, and press Look at it. JSON, JSON "
@@ -103,15 +103,15 @@ def known_fields(method: str) -> dict[str, FormField]:
     wanted = {*(f"data.{name}" for name in ASKED), "data.train", "training.method", "model.base"}
     return {field.key: field for field in form_fields(method) if field.key in wanted}
 
-# %% ../../nbs/app/581_dashboard_data.ipynb #51886379
+# %% ../../nbs/app/581_dashboard_data.ipynb #9a048e0e
 class DataInputs:
     "What the page asks for."
 
     def __init__(self, desk: Desk) -> None:
         panel, material = toolkit()
         self.desk = desk
-        wide: dict[str, Any] = {"sizing_mode": "stretch_width", "margin": (4, 6)}
-        self.upload = material.FileInput(label="Upload a file", icon="upload", max_file_size=200_000_000, margin=(4, 6))
+        wide: dict[str, Any] = {"sizing_mode": "stretch_width", "margin": (4, 4)}
+        self.upload = material.FileInput(label="Upload a file", icon="upload", max_file_size=200_000_000, margin=(8, 10))
         self.file = material.Select(label="Data in the folder", **wide)
         self.path = material.TextInput(label="Or a path, or hf:NAME of a data set", **wide,
                                        helper_text="Counts in place of the file above", value=desk.arguments.get("data", ""))
@@ -119,7 +119,7 @@ class DataInputs:
         self.bot = material.Select(label="With tokenizer and chat format of", **wide)
         fields = [field for key, field in known_fields("sft").items() if key.startswith("data.") and key != "data.train"]
         self.form = FormView(fields, form_values(Config(), fields))
-        self.view = panel.Column(self.upload, self.file, self.path, self.method, self.bot,
+        self.view = panel.Column(self.upload, beside(self.file, self.path, self.method, self.bot),
                                  material.Card(self.form.view, title="How it is read", collapsed=True, sizing_mode="stretch_width"),
                                  sizing_mode="stretch_width")  # fmt: skip
         self.refresh()
@@ -147,7 +147,7 @@ class DataInputs:
             raise ConfigError(words)
         return placed(check.config, self.desk.folder.root)
 
-# %% ../../nbs/app/581_dashboard_data.ipynb #34b3fdbd
+# %% ../../nbs/app/581_dashboard_data.ipynb #afbf3baa
 class DataPage(DataInputs):
     "The page."
 

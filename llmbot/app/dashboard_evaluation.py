@@ -6,7 +6,7 @@
 __all__ = ['COMPARED', 'LEAD', 'NOTHING', 'GOING_ON', 'evaluate', 'figures_html', 'comparison_part', 'report_part',
            'outcome_html', 'kept_in', 'kept_html', 'going_on', 'EvaluationInputs', 'EvaluationPage', 'evaluation_page']
 
-# %% ../../nbs/app/584_dashboard_evaluation.ipynb #9a848143
+# %% ../../nbs/app/584_dashboard_evaluation.ipynb #b2764ff4
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -15,13 +15,13 @@ from typing import Any
 
 from .background_jobs import Job, Tell
 from .dashboard_pages import Desk, guarded, register_page
-from .dashboard_parts import JobView
+from .dashboard_parts import JobView, beside
 from .dashboard_views import empty_html, facts_html, heading_html, html_pane, notice_html, table_html, toolkit
 from .data_preview import data_files
 from ..core.errors import ConfigError, DataError
 from ..core.recipe import write_atomically
 
-# %% ../../nbs/app/584_dashboard_evaluation.ipynb #06543f5d
+# %% ../../nbs/app/584_dashboard_evaluation.ipynb #10310429
 COMPARED = 2  # bots whose difference is computed
 
 
@@ -57,7 +57,7 @@ def evaluate(
     write_atomically(Path(keep), json.dumps(found, ensure_ascii=False, indent=1))
     return found
 
-# %% ../../nbs/app/584_dashboard_evaluation.ipynb #84149504
+# %% ../../nbs/app/584_dashboard_evaluation.ipynb #e3a7c19b
 def figures_html(reports: Sequence[Mapping[str, Any]]) -> str:
     "A metric a line, a bot a column; in brackets where it would lie with other rows."
     def cell(report: Mapping[str, Any], name: str) -> str:
@@ -68,7 +68,7 @@ def figures_html(reports: Sequence[Mapping[str, Any]]) -> str:
     rows = [[name, *(cell(report, name) for report in reports)] for name in names]
     return table_html("Figures, with 95 % intervals", ["metric", *(report["bot"] for report in reports)], rows)
 
-# %% ../../nbs/app/584_dashboard_evaluation.ipynb #47065db0
+# %% ../../nbs/app/584_dashboard_evaluation.ipynb #da54cc13
 def comparison_part(found: Mapping[str, Any]) -> str:
     "The difference of two bots, and the rows on which they differ most."
     rows = [[name, f"{d['first']:.4g}", f"{d['second']:.4g}", f"{d['second'] - d['first']:+.4g}",
@@ -107,7 +107,7 @@ def outcome_html(found: Mapping[str, Any]) -> str:
     compared = comparison_part(found["comparison"]) if "comparison" in found else ""
     return facts + figures_html(reports) + compared + "".join(map(report_part, reports))
 
-# %% ../../nbs/app/584_dashboard_evaluation.ipynb #7d65a9ac
+# %% ../../nbs/app/584_dashboard_evaluation.ipynb #f1f78b11
 LEAD = "Measure bots on held-out rows, read their answers, and compare them with intervals."
 NOTHING = empty_html("Nothing has been evaluated yet", "Choose bots and rows that they have not learned from, and press Evaluate.")
 GOING_ON: dict[Path, Job] = {}  # folder -> the evaluation that goes on there
@@ -133,7 +133,7 @@ def going_on(root: Path) -> Job | None:
     job = GOING_ON.get(root.resolve())
     return job if job is not None and job.status == "running" else None
 
-# %% ../../nbs/app/584_dashboard_evaluation.ipynb #e4ad6028
+# %% ../../nbs/app/584_dashboard_evaluation.ipynb #e2eeede7
 class EvaluationInputs:
     "What the page asks for."
 
@@ -143,7 +143,7 @@ class EvaluationInputs:
 
         _, material = toolkit()
         self.desk, self.folder = desk, desk.folder.root / "evaluations"
-        wide: dict[str, Any] = {"sizing_mode": "stretch_width", "margin": (4, 6)}
+        wide: dict[str, Any] = {"sizing_mode": "stretch_width", "margin": (4, 4)}
         self.bots = material.MultiChoice(label="Bots", options=[], **wide)
         self.file = material.Select(label="Held-out data of the folder", **wide)
         self.path = material.TextInput(label="Or a path, or hf:NAME", helper_text="Counts in place of the file above", **wide)
@@ -178,7 +178,7 @@ class EvaluationInputs:
         return (list(self.bots.value), data, list(self.metrics.value), self.group.value.strip() or None, self.rows.value, self.tokens.value,
                 str(keep.resolve()))  # fmt: skip
 
-# %% ../../nbs/app/584_dashboard_evaluation.ipynb #117c2b57
+# %% ../../nbs/app/584_dashboard_evaluation.ipynb #b4507581
 class EvaluationPage(EvaluationInputs):
     "The page."
 
@@ -187,8 +187,8 @@ class EvaluationPage(EvaluationInputs):
         panel, material = toolkit()
         self.result, self.job = html_pane(NOTHING), JobView(desk, self.done, keep=True)
         self.start = material.Button(label="Evaluate", icon="fact_check", on_click=guarded(desk, self.begin))
-        more = panel.Column(self.group, self.rows, self.tokens, sizing_mode="stretch_width")
-        self.view = panel.Column(html_pane(heading_html("Evaluation", LEAD)), self.bots, self.file, self.path, self.metrics,
+        more = beside(self.group, self.rows, self.tokens)
+        self.view = panel.Column(html_pane(heading_html("Evaluation", LEAD)), beside(self.bots, self.metrics, self.file, self.path),
                                  material.Card(more, title="More", collapsed=True, sizing_mode="stretch_width"), self.start, self.job.view,
                                  self.earlier, self.result, sizing_mode="stretch_width")  # fmt: skip
         self.earlier.param.watch(lambda event: self.show(), "value")

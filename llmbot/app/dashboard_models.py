@@ -6,14 +6,14 @@
 __all__ = ['LEAD', 'NOTHING', 'PRECISIONS', 'versions_html', 'lineage_html', 'history_html', 'card_html', 'diff_html', 'verify',
            'add', 'export', 'ModelsInputs', 'ModelsMoves', 'ModelsActions', 'ModelsPage', 'models_page']
 
-# %% ../../nbs/app/583_dashboard_models.ipynb #c3c26346
+# %% ../../nbs/app/583_dashboard_models.ipynb #8fad7090
 from pathlib import Path
 from typing import Any
 
 from .answer_html import answer_html
 from .background_jobs import Job, Tell
 from .dashboard_pages import Desk, guarded, register_page
-from .dashboard_parts import JobView
+from .dashboard_parts import JobView, beside
 from .dashboard_views import empty_html, heading_html, html_pane, notice_html, table_html, toolkit
 from ..core.bot_diff import diff_bots, sections, summary
 from ..core.bot_facts import bot_facts
@@ -24,7 +24,7 @@ from ..core.registry import delete_version, read_record, register, verify_versio
 from ..core.registry_aliases import alias_history, promote, rollback
 from ..core.registry_layout import Place, find_version, read_aliases, registered_names, registry_directory, version_places
 
-# %% ../../nbs/app/583_dashboard_models.ipynb #a81a712f
+# %% ../../nbs/app/583_dashboard_models.ipynb #90cb4b26
 LEAD = "Registered versions never change. An alias such as production means one of them, and can go back."
 NOTHING = empty_html("The registry is empty", "Choose a bot of the folder below and press Register: a version of it gets a number.")
 PRECISIONS = ("int4", "int8", "fp32")
@@ -40,7 +40,7 @@ def versions_html(
         record, facts = read_record(place), bot_facts(place.directory).facts
         meant = ", ".join(alias for alias, number in aliases.items() if number == place.number)
         figures = "; ".join(f"{key}: {figure_text(value)}" for key, value in list(facts["metrics"].items())[:6])
-        rows.append([str(place), meant, facts["method"], figures, record.size, record.registered[:16].replace("T", " "), record.note])
+        rows.append([str(place), meant, facts["method"] or "", figures, record.size, record.registered[:16].replace("T", " "), record.note])
     return table_html(f"Versions of {name}", ["version", "aliases", "method", "figures", "bytes", "registered (UTC)", "note"], rows)
 
 
@@ -76,7 +76,7 @@ def diff_html(before: str, after: str) -> str:
     tables = [table_html(title, [name or "what" for name in header], rows) for title, header, rows in sections(found)]
     return notice_html(f"{found.before} and {found.after}: {summary(found)}") + "".join(tables)
 
-# %% ../../nbs/app/583_dashboard_models.ipynb #170d7a78
+# %% ../../nbs/app/583_dashboard_models.ipynb #24c93ce8
 def verify(tell: Tell, ref: str) -> str:  # HTML
     "The work: compare every file of a version with its digest. Raises `BotError` when one is not what it was."
     place = find_version(ref)
@@ -101,14 +101,14 @@ def export(tell: Tell, ref: str, precision: str, dest: str) -> str:  # HTML
     ready = notice_html(f"{dest} is ready, compared on {report.rows}.", "success")
     return ready + table_html("Compared with PyTorch", ["figure", "measured"], rows)
 
-# %% ../../nbs/app/583_dashboard_models.ipynb #3656db28
+# %% ../../nbs/app/583_dashboard_models.ipynb #e92fb0e0
 class ModelsInputs:
     "What the page asks for."
 
     def __init__(self, desk: Desk) -> None:
         _, material = toolkit()
         self.desk = desk
-        wide: dict[str, Any] = {"sizing_mode": "stretch_width", "margin": (4, 6)}
+        wide: dict[str, Any] = {"sizing_mode": "stretch_width", "margin": (4, 4)}
         self.name = material.Select(label="Bot", **wide)
         self.version = material.Select(label="Version", **wide)
         self.alias = material.TextInput(label="Alias", value="production", **wide)
@@ -143,7 +143,7 @@ class ModelsInputs:
         bots = {Path(path).name: path for path in self.desk.folder.references() if Path(path).is_dir()}
         self.bot.param.update(options=bots, value=self.bot.value if self.bot.value in bots.values() else next(iter(bots.values()), None))
 
-# %% ../../nbs/app/583_dashboard_models.ipynb #f9d120d9
+# %% ../../nbs/app/583_dashboard_models.ipynb #2b0d2c66
 class ModelsMoves(ModelsInputs):
     "What moves aliases and deletes; all of it needs the right to work, and is refused by the registry where it cannot be."
 
@@ -182,7 +182,7 @@ class ModelsMoves(ModelsInputs):
         "Show what is registered now."
         raise TypeError(f"{type(self).__name__} shows nothing")
 
-# %% ../../nbs/app/583_dashboard_models.ipynb #ef391ff6
+# %% ../../nbs/app/583_dashboard_models.ipynb #60c3a329
 class ModelsActions(ModelsMoves):
     "What looks at bots, and what takes long."
 
@@ -220,7 +220,7 @@ class ModelsActions(ModelsMoves):
             raise BotError("There is no bot in the folder: train one on the page Train.")
         self.work(f"Registering {Path(self.bot.value).name}", add, self.bot.value, self.new_name.value.strip(), self.note.value)
 
-# %% ../../nbs/app/583_dashboard_models.ipynb #5ee9d441
+# %% ../../nbs/app/583_dashboard_models.ipynb #a0127050
 class ModelsPage(ModelsActions):
     "The page."
 
@@ -237,9 +237,10 @@ class ModelsPage(ModelsActions):
         looks = panel.FlexBox(button("Card", self.card, "description"), button("What changed", self.diff, "difference"),
                               button("Verify", self.verify, "verified"), button("Export", self.export, "output"),
                               button("Delete", self.delete, "delete"))  # fmt: skip
-        adding = panel.Column(self.bot, self.new_name, self.note, button("Register", self.register, "add"), sizing_mode="stretch_width")
-        self.chosen = panel.Column(self.name, self.version, panel.Column(self.alias, self.gates, moves, sizing_mode="stretch_width"),
-                                   self.other, self.precision, looks, sizing_mode="stretch_width")  # fmt: skip
+        inputs = beside(self.bot, self.new_name, self.note)
+        adding = panel.Column(inputs, button("Register", self.register, "add"), sizing_mode="stretch_width")
+        self.chosen = panel.Column(beside(self.name, self.version), beside(self.alias, self.gates), moves,
+                                   beside(self.other, self.precision), looks, sizing_mode="stretch_width")  # fmt: skip
         card = material.Card(adding, title="Register a bot", sizing_mode="stretch_width")
         self.view = panel.Column(html_pane(heading_html("Models", LEAD)), self.overview, self.chosen, self.job.view, self.result,
                                  self.details, card, sizing_mode="stretch_width")  # fmt: skip

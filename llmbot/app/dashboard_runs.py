@@ -6,14 +6,14 @@
 __all__ = ['LEAD', 'NOTHING', 'BEST', 'SOURCES', 'standing', 'labels_of', 'RunsInputs', 'read_all', 'drawn', 'comparison_html',
            'RunsPage', 'runs_page']
 
-# %% ../../nbs/app/582_dashboard_runs.ipynb #98aeb5c6
+# %% ../../nbs/app/582_dashboard_runs.ipynb #9544c164
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from .dashboard_pages import Desk, register_page
-from .dashboard_parts import CurvesView, Pulse
+from .dashboard_parts import CurvesView, Pulse, beside
 from .dashboard_views import empty_html, heading_html, html_pane, notice_html, table_html, toolkit
 from .live_run import status_of
 from .run_records import RunRecord, difference_table, find_runs, matches, metric_table, read_curves, records_of
@@ -21,7 +21,7 @@ from .run_records import smoothed, state_of
 from ..core.errors import LLMBotError
 from ..monitoring.tracker_records import Curves
 
-# %% ../../nbs/app/582_dashboard_runs.ipynb #89397662
+# %% ../../nbs/app/582_dashboard_runs.ipynb #680f3f3b
 LEAD = "Lay curves over each other, compare numbers, and see what was set differently."
 NOTHING = empty_html("There are no runs in the folder", "Start one on the page Train, or with 'llmbot train' below this folder.")
 BEST = "the run's own"  # record that is read when none is chosen
@@ -47,14 +47,14 @@ def labels_of(
     names = [run.name for run in runs]
     return {run.name if names.count(run.name) == 1 else f"{run.name} ({run.directory.parent.relative_to(root)})": run for run in runs}
 
-# %% ../../nbs/app/582_dashboard_runs.ipynb #50ac8778
+# %% ../../nbs/app/582_dashboard_runs.ipynb #898fbc49
 class RunsInputs:
     "What the page asks for."
 
     def __init__(self, desk: Desk) -> None:
         panel, material = toolkit()
         self.desk, self.runs = desk, dict[str, RunRecord]()
-        wide: dict[str, Any] = {"sizing_mode": "stretch_width", "margin": (4, 6)}
+        wide: dict[str, Any] = {"sizing_mode": "stretch_width", "margin": (4, 4)}
         self.words = material.TextInput(label="Filter", helper_text="Words in name, method or settings, such as sft learning_rate=0.001",
                                         value=desk.arguments.get("filter", ""), **wide)
         self.chosen = material.MultiChoice(label="Runs", options=[], **wide)
@@ -63,8 +63,9 @@ class RunsInputs:
         self.weight = material.FloatSlider(label="Smoothing", start=0, end=0.99, step=0.01, value=0, **wide)
         self.logarithmic = material.Checkbox(label="Logarithmic", value=False)
         self.again = material.Button(label="Look again", icon="refresh", variant="outlined", on_click=lambda event: self.find())
-        self.inputs = panel.Column(self.words, self.chosen, self.source, self.metric, self.weight,
-                                   panel.FlexBox(self.logarithmic, self.again), sizing_mode="stretch_width")  # fmt: skip
+        below = panel.FlexBox(self.logarithmic, self.again)
+        self.inputs = panel.Column(beside(self.words, self.chosen, self.source, self.metric, self.weight), below,
+                                   sizing_mode="stretch_width")  # fmt: skip
 
     def find(self) -> None:
         "Look which runs there are."
@@ -79,7 +80,7 @@ class RunsInputs:
         "The runs that are chosen, by label."
         return {label: self.runs[label] for label in self.chosen.value if label in self.runs}
 
-# %% ../../nbs/app/582_dashboard_runs.ipynb #a981ce25
+# %% ../../nbs/app/582_dashboard_runs.ipynb #ea9e86b3
 def read_all(
     runs: Mapping[str, RunRecord],  # by label
     source: str | None,  # a record, as in `read_curves`
@@ -119,7 +120,7 @@ def comparison_html(
     plain = [[str(cell) if isinstance(cell, list | dict) else cell for cell in row] for row in rows]
     return "".join(parts) + (table_html("Settings that differ", columns, plain, "They were told the same.") if len(runs) > 1 else "")
 
-# %% ../../nbs/app/582_dashboard_runs.ipynb #f0d37a3c
+# %% ../../nbs/app/582_dashboard_runs.ipynb #505663a5
 class RunsPage(RunsInputs):
     "The page."
 

@@ -7,7 +7,7 @@ __all__ = ['USUAL', 'FRESH', 'KINDS', 'NEW', 'LEAD', 'NOTHING', 'usual_keys', 'f
            'RecipeChecks', 'RecipeEditor', 'standing_html', 'log_html', 'LiveActions', 'LiveQuestions', 'LiveView',
            'plan_html', 'runs_of', 'TrainWork', 'TrainRuns', 'TrainPage', 'train_page']
 
-# %% ../../nbs/app/585_dashboard_train.ipynb #cef8e5e5
+# %% ../../nbs/app/585_dashboard_train.ipynb #e2396f05
 import asyncio
 import tempfile
 from collections.abc import Callable, Mapping
@@ -30,7 +30,7 @@ from ..core.config_io import RECIPES, load_config
 from ..core.errors import ConfigError, LLMBotError
 from ..monitoring.tracker_records import from_history
 
-# %% ../../nbs/app/585_dashboard_train.ipynb #0277a209
+# %% ../../nbs/app/585_dashboard_train.ipynb #8bbf6271
 USUAL = ("model.base", "data.train", "training.output_dir", "training.learning_rate", "training.max_steps", "training.max_minutes",
          "training.num_train_epochs", "training.per_device_batch_size", "data.max_seq_length", "data.validation_split")  # fmt: skip
 
@@ -66,7 +66,7 @@ def read_text(text: str) -> Config:
         except ConfigError as exc:
             raise ConfigError(str(exc).replace(str(path), "the recipe")) from exc
 
-# %% ../../nbs/app/585_dashboard_train.ipynb #16319c99
+# %% ../../nbs/app/585_dashboard_train.ipynb #dc431507
 class RecipeChecks:
     "What a recipe's form shows and says."
 
@@ -107,7 +107,7 @@ class RecipeChecks:
         "What the form says, or what it began with where the form is wrong."
         return self.checked(None).config or self.start
 
-# %% ../../nbs/app/585_dashboard_train.ipynb #e791dd7b
+# %% ../../nbs/app/585_dashboard_train.ipynb #dc3bb48f
 class RecipeEditor(RecipeChecks):
     "A recipe as a form and as text."
 
@@ -116,7 +116,7 @@ class RecipeEditor(RecipeChecks):
         self.desk = desk
         files = [str(path.relative_to(desk.folder.root)) for path in data_files(desk.folder.data)]
         self.start = first_config("sft", desk.arguments.get("data") or (files[0] if files else None))
-        self.method = material.Select(label="Method", options=list(RECIPES), value="sft", sizing_mode="stretch_width", margin=(4, 6))
+        self.method = material.Select(label="Method", options=list(RECIPES), value="sft", sizing_mode="stretch_width", margin=(8, 10))
         self.more = material.Checkbox(label="Show all settings", value=False)
         self.text = material.TextAreaInput(label="Recipe", rows=12, sizing_mode="stretch_width", max_length=1_000_000)
         self.read = material.Button(label="Read the recipe", variant="outlined", on_click=guarded(desk, self.take_text))
@@ -149,7 +149,7 @@ class RecipeEditor(RecipeChecks):
         self.text.value = recipe_text(check.config)
         return placed(check.config, self.desk.folder.root)
 
-# %% ../../nbs/app/585_dashboard_train.ipynb #21f0af57
+# %% ../../nbs/app/585_dashboard_train.ipynb #8586a9ac
 FRESH = 1000  # milliseconds between two looks at a run
 KINDS = {"finished": "success", "failed": "error", "interrupted": "warning", "paused": "warning"}
 
@@ -175,7 +175,7 @@ def log_html(lines: list[str]) -> str:
     text = escape("\n".join(lines)) or "Nothing has been printed yet."
     return f"<h2>Log</h2><pre tabindex='0' role='region' aria-label='Log' style='max-height:16rem;overflow:auto'>{text}</pre>"
 
-# %% ../../nbs/app/585_dashboard_train.ipynb #051a6f31
+# %% ../../nbs/app/585_dashboard_train.ipynb #1f99405f
 class LiveActions:
     "What one can ask of a run. Each needs the right to work; what the run refuses is told with its reason."
 
@@ -215,7 +215,7 @@ class LiveActions:
         "Show how the run stands."
         raise TypeError(f"{type(self).__name__} shows nothing")
 
-# %% ../../nbs/app/585_dashboard_train.ipynb #f6ce60db
+# %% ../../nbs/app/585_dashboard_train.ipynb #9bdc2bdb
 class LiveQuestions(LiveActions):
     "What one asks of a run with a value."
 
@@ -236,7 +236,7 @@ class LiveQuestions(LiveActions):
         said = await self.ask(lambda run: run.sample(self.prompt.value), "The model has answered.")
         self.answer.object = f"<h2>Its answer now</h2><pre>{escape(said)}</pre>"
 
-# %% ../../nbs/app/585_dashboard_train.ipynb #3db51bc3
+# %% ../../nbs/app/585_dashboard_train.ipynb #084b4982
 class LiveView(LiveQuestions):
     "A run that is watched."
 
@@ -277,7 +277,7 @@ class LiveView(LiveQuestions):
         self.rates.draw({"learning rate": curves.get("train/learning_rate", [])})
         self.log.object = log_html(self.run.log(60))
 
-# %% ../../nbs/app/585_dashboard_train.ipynb #5ee84c15
+# %% ../../nbs/app/585_dashboard_train.ipynb #47d0e74c
 NEW = "A new run"
 LEAD = "A run goes on when you close the browser, and is found again here."
 NOTHING = empty_html("No run is on", "Fill in the recipe, check it, and press Start. It needs data, and a bot to begin with or the preset "
@@ -304,7 +304,7 @@ def runs_of(root: Path) -> Mapping[str, LiveRun]:  # label -> run; those that ar
     found = sorted(set(run_directories(root)) | set(on), key=lambda path: (path not in on, str(path)))
     return {f"{path.relative_to(root)}{' (on)' if path in on else ''}".replace(".run", ""): LiveRun(path) for path in found}
 
-# %% ../../nbs/app/585_dashboard_train.ipynb #7769d8be
+# %% ../../nbs/app/585_dashboard_train.ipynb #235efe97
 class TrainWork:
     "What is done with a recipe before a run. All of it needs the right to work."
 
@@ -337,7 +337,7 @@ class TrainWork:
         "Show what came of a look at the data, or of a plan."
         self.result.object = found if isinstance(found, str) else report_html(found)
 
-# %% ../../nbs/app/585_dashboard_train.ipynb #baf19b02
+# %% ../../nbs/app/585_dashboard_train.ipynb #fd71d0ed
 class TrainRuns(TrainWork):
     "Which run is shown, and the start of one."
 
@@ -368,14 +368,14 @@ class TrainRuns(TrainWork):
         self.find()
         self.chosen.value = next(label for label, one in self.runs.items() if one.run_dir.resolve() == run.run_dir.resolve())
 
-# %% ../../nbs/app/585_dashboard_train.ipynb #f797c30e
+# %% ../../nbs/app/585_dashboard_train.ipynb #f9c36ad8
 class TrainPage(TrainRuns):
     "The page."
 
     def __init__(self, desk: Desk) -> None:
         panel, material = toolkit()
         self.desk, self.runs = desk, {}
-        self.chosen = material.Select(label="Run", options=[NEW], value=NEW, sizing_mode="stretch_width", margin=(4, 6))
+        self.chosen = material.Select(label="Run", options=[NEW], value=NEW, sizing_mode="stretch_width", margin=(8, 10))
         self.editor, self.live = RecipeEditor(desk), LiveView(desk)
         self.result, self.job = html_pane(NOTHING), JobView(desk, self.done)
 
