@@ -95,8 +95,8 @@ def test_the_commands_are_there() -> None:
     assert {" ".join(c) for c in commands()} == {
         "quickstart", "train", "evaluate", "compare", "lm-eval", "chat", "serve", "data inspect", "models list", "models show",
         "models diff", "models card", "models verify", "models presets", "models merge", "models register", "models promote",
-        "models rollback", "models alias", "models delete", "models gc", "plan", "lr-find", "data show-batch", "config show",
-        "config validate", "config schema", "config init", "export onnx", "tracking sync", "verify", "dashboard"}
+        "models rollback", "models alias", "models export", "models delete", "models gc", "plan", "lr-find", "data show-batch",
+        "config show", "config validate", "config schema", "config init", "export onnx", "tracking sync", "verify", "dashboard"}
 
 
 @pytest.mark.parametrize("command", commands(), ids=" ".join)

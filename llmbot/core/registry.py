@@ -201,6 +201,7 @@ def register(
     *,
     note: str = "",  # why, for people
     license: str | None = None,  # such as apache-2.0, where the bot's manifest names none
+    origin: str | None = None,  # where the files came from, for the record; None: the directory
     root: Path | None = None,  # None: `registry_directory()`
     timeout_s: float = 60,  # for the lock
 ) -> Place:  # the new version
@@ -221,8 +222,9 @@ def register(
             if manifest is not None and (faults := verify_bot(work)):
                 raise BotError(f"{source} changed while it was copied: {', '.join(faults)}. Nothing was registered.")
             size = sum(path.stat().st_size for path in work.rglob("*") if path.is_file())
-            record = Record(name, 0, bot_digest(work), "", whoami(), str(source.resolve()), note, manifest.parent if manifest else None,
-                            manifest.parent_digest if manifest else None, needs, size, files, license)
+            parent, digest = (manifest.parent, manifest.parent_digest) if manifest else (None, None)
+            record = Record(name, 0, bot_digest(work), "", whoami(), origin or str(source.resolve()), note, parent, digest, needs, size,
+                            files, license)
             with locked(root, timeout_s):
                 check_parent(root, record)
                 return commit(root, work, record)
