@@ -108,6 +108,7 @@ class TrainingConfig(OptimizationConfig, EfficiencyConfig):
         "Training method: scratch, sft, lora, dpo, kto, grpo, or MODULE:CLASS for one of your own"))
     output_dir: Name = Field(default="bots/my-bot", description="Directory of the finished bot")
     overwrite: bool = Field(default=False, description="Replace a bot that is already there")
+    license: Name | None = Field(default=None, description="Licence of the bot for its card, such as apache-2.0; unset: the card says so")
     logging_steps: Size = Field(default=10, description="Steps between two points of the loss curve")
     eval_steps: Size | None = Field(default=None, description="Steps between two evaluations on held-out rows; unset: at the end")
     save_steps: Size = Field(default=200, description="Steps between two checkpoints, from which --resume goes on")

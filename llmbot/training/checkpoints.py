@@ -137,7 +137,7 @@ def version_notes(
 # %% ../../nbs/training/206_checkpoints.ipynb #7cdcd8f5
 MAY_CHANGE = {"max_steps", "max_minutes", "num_train_epochs", "logging_steps", "eval_steps", "save_steps", "save_total_limit", "overwrite"}
 MAY_CHANGE |= {"cache_dir", "device", "per_device_eval_batch_size", "auto_batch_size", "stop_on_divergence", "dataloader_workers"}
-MAY_CHANGE |= {"merge", "merge_tolerance"}
+MAY_CHANGE |= {"merge", "merge_tolerance", "license"}
 LAYOUT = {"per_device_batch_size", "gradient_accumulation_steps", "gradient_checkpointing"}  # same rows in a step, another rounding
 
 

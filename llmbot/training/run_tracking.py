@@ -33,6 +33,7 @@ from ..monitoring.resources import ResourceMonitor, ResourceReader
 from ..monitoring.run_facts import run_facts, secrets_in
 from ..monitoring.tracker_queue import Backlog, read_calls
 from .callbacks import ProgressCallback, SampleCallback, TrackerCallback
+from .energy import EnergyCallback, EnergyMeter
 from .launch import run_directory
 from .methods import SHARDED, TrainingRun, asked_strategy
 
@@ -92,12 +93,14 @@ def make_callbacks(
         together = bool(m.sample_prompts) and asked_strategy(cfg.training.strategy) in SHARDED
         return silent, [SampleCallback(silent, chat, m.sample_prompts, m.sample_steps, as_chat)] if together else []
     tracker = open_trackers(cfg, run_dir)
-    monitor = None
-    if m.trackers and m.resource_interval_s is not None:
-        monitor = ResourceMonitor(m.resource_interval_s, reader=ResourceReader(str(run_dir)))
+    monitor, reader = None, ResourceReader(str(run_dir))
+    if m.resource_interval_s is not None and (m.trackers or reader.gpus.handles):  # without trackers it is for the energy alone
+        monitor = ResourceMonitor(m.resource_interval_s, reader=reader)
     likelihood = cfg.training.method in LIKELIHOOD
     watching = TrackerCallback(tracker, monitor, partial(flops_share, cfg), perplexity=likelihood)
     callbacks: list[TrainerCallback] = [watching, ProgressCallback(console)]
+    if monitor is not None and reader.gpus.handles:
+        callbacks.append(EnergyCallback(EnergyMeter(), monitor))
     if m.sample_prompts:
         callbacks.append(SampleCallback(tracker, chat, m.sample_prompts, m.sample_steps, as_chat))
     return tracker, callbacks

@@ -35,6 +35,7 @@ from ..monitoring.experiment_tracker import check_trackers
 from .bot_trainer import served
 from .checkpoints import check_resume, keep_json, resume_point, run_record
 from .control import ControlCallback, TrainingControl, train_under_control
+from .energy import EnergyCallback
 from .launch import check_processes, run_directory, shared_directory, wrapping_check
 from .live import reachable
 from .lora_trainer import write_bot
@@ -241,6 +242,8 @@ def run_manifest(
         config=to_dict(cfg),
         seed=cfg.training.seed,
         metrics=metrics,
+        energy=next((watcher.meter.facts() for watcher in run.callbacks if isinstance(watcher, EnergyCallback)), {}),
+        license=cfg.training.license,
     )
 
 # %% ../../nbs/training/230_trainer.ipynb #9dfc94e8
