@@ -78,7 +78,7 @@ def flops_share(
 
 LIKELIHOOD = ("scratch", "sft", "lora")  # methods whose training loss is the mean negative log-likelihood of a token
 
-
+# %% ../../nbs/training/229_run_tracking.ipynb #13e90241
 def make_callbacks(
     cfg: Config,  # the resolved config
     chat: ChatFormat,  # for samples
