@@ -1,5 +1,6 @@
 """A bot behind another llmbot: the same answers, and what happens when the other fails."""
 
+import json
 import socket
 import threading
 import time
@@ -68,6 +69,82 @@ def test_a_url_that_fails_is_left_for_another(bot: str, upstream: str, nobody: s
     with running_server(remote(bot, nobody, upstream, retries=0)) as url:
         answers = [httpx.post(f"{url}/chat", json={"messages": QUESTION}, timeout=60).status_code for _ in range(4)]
     assert answers == [200] * 4
+
+
+def test_a_dead_url_is_seen_and_one_that_comes_back_is_used(bot: str, upstream: str) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+    later = f"http://127.0.0.1:{port}"
+    with running_server(remote(bot, later, upstream, health_s=0.05)) as url:
+        until(lambda: httpx.get(f"{url}/health/ready").json() == {"status": "ok", "reason": "1 of 2 remote servers are down"})
+        health = httpx.get(f"{url}/stats").json()["models"]["alice"]["health"]
+        assert health["parts"] == {f"{later}/v1": "cannot be reached: ConnectError", f"{upstream}/v1": "up"}
+    with running_server(remote(bot, later, health_s=0.05, health_path="/health/ready", down_s=60)) as url:
+        until(lambda: httpx.get(f"{url}/health/ready").status_code == 503)
+        assert "1 of 1 remote servers are down" in httpx.get(f"{url}/health/ready").json()["error"]["message"]
+        there = config(bot)
+        there.serving.port = port
+        with running_server(there):
+            until(lambda: httpx.get(f"{url}/health/ready").status_code == 200)
+            assert httpx.get(f"{url}/stats").json()["models"]["alice"]["health"] == {
+                "ready": True, "reason": "", "parts": {f"{later}/v1": "up"},
+            }  # fmt: skip
+            assert httpx.post(f"{url}/chat", json={"messages": QUESTION}, timeout=60).status_code == 200
+
+
+def test_logprobs_are_those_of_there(bot: str, upstream: str) -> None:
+    greedy = {"temperature": 0, "max_tokens": 16}
+    asked: list[tuple[str, dict[str, Any]]] = [
+        ("/v1/completions", {"prompt": "Once upon", "logprobs": 3}), ("/v1/completions", {"prompt": "Once", "logprobs": 0}),
+        ("/v1/chat/completions", {"messages": QUESTION, "logprobs": True, "top_logprobs": 2}),
+    ]  # fmt: skip
+    with running_server(remote(bot, upstream)) as url:
+        for path, body in asked:
+            there, here = (httpx.post(base + path, json=greedy | body, timeout=60).json()["choices"][0] for base in (upstream, url))
+            assert here == there
+            assert here["logprobs"]
+            pieces = [httpx.post(base + path, json=greedy | body | {"stream": True}, timeout=60).text for base in (upstream, url)]
+            told = [[c["logprobs"] for e in piece.split("\n\n") if e.startswith("data: {") for c in json.loads(e[6:])["choices"]
+                     if c.get("logprobs")] for piece in pieces]  # fmt: skip
+            assert told[0] == told[1]
+        answer = httpx.post(f"{url}/v1/completions", json=greedy | {"prompt": "Once", "logprobs": 1, "echo": True}, timeout=60)
+        assert answer.status_code == 400
+        assert "prompt_logprobs" in answer.json()["error"]["message"]
+
+
+def test_embeddings_come_from_there(bot: str, upstream: str, nobody: str) -> None:
+    with running_server(remote(bot, nobody, upstream)) as url:
+        for given in ("Once upon a time", ["Grüße, 世界!", "a"], [30, 40, 50]):
+            there, here = (httpx.post(f"{base}/v1/embeddings", json={"input": given}, timeout=60).json() for base in (upstream, url))
+            assert here == there
+            assert len(here["data"][0]["embedding"]) > 1
+    with running_server(config(bot, backend="gated")) as there, running_server(remote(bot, there)) as url:
+        refused = httpx.post(f"{url}/v1/embeddings", json={"input": "Once"}, timeout=60)
+        assert refused.status_code == 400
+        assert "has no embeddings" in refused.json()["error"]["message"]
+
+
+def test_conversations_can_be_rendered_there(bot: str, upstream: str) -> None:
+    "With nothing here of the model but its name."
+    cfg = remote("hf:nobody/nothing", upstream, api="chat", model="alice")
+    with running_server(cfg) as url:
+        for path in ("/chat", "/v1/chat/completions"):
+            for extra in ({"temperature": 0}, {"temperature": 0.8, "seed": 3, "stop": "e"}):
+                there, here = (httpx.post(base + path, json={"messages": QUESTION, **extra}, timeout=60).json() for base in (upstream, url))
+                assert (here.get("text"), here.get("choices")) == (there.get("text"), there.get("choices"))
+                assert {k: here["usage"][k] for k in ("prompt_tokens", "completion_tokens")} == {
+                    k: there["usage"][k] for k in ("prompt_tokens", "completion_tokens")
+                }
+        tool = {"type": "function", "function": {"name": "look_up", "parameters": {"type": "object", "properties": {}}}}
+        refused: list[tuple[str, dict[str, Any]]] = [
+            ("/generate", {"prompt": "Once"}), ("/v1/completions", {"prompt": "Once"}), ("/v1/embeddings", {"input": "Once"}),
+            ("/tokenize", {"prompt": "Once"}), ("/v1/chat/completions", {"messages": QUESTION, "tools": [tool]}),
+            ("/v1/chat/completions", {"messages": QUESTION, "logprobs": True}), ("/chat", {"messages": []}),
+        ]  # fmt: skip
+        for path, body in refused:
+            answer = httpx.post(url + path, json=body, timeout=60)
+            assert answer.status_code == 400, (path, answer.text)
 
 
 def test_nobody_there(bot: str, nobody: str) -> None:

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['NEUTRAL', 'Started', 'BackendFactory', 'Factory', 'Capabilities', 'check_supported', 'Backend', 'EngineDeadError',
-           'AdapterHost', 'Embedder', 'EngineLoad', 'LoadReporter', 'check_context', 'check_request', 'BotSide',
-           'require_started', 'register_backend', 'backend_names', 'create_backend', 'engine_settings']
+           'AdapterHost', 'Embedder', 'EngineLoad', 'LoadReporter', 'EngineHealth', 'HealthReporter', 'check_context',
+           'check_request', 'BotSide', 'require_started', 'register_backend', 'backend_names', 'create_backend',
+           'engine_settings']
 
 # %% ../../nbs/serving/304_backends.ipynb #4fd58c76
 import difflib
 import importlib
 from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, get_args, runtime_checkable
 
 from ..core.config import Config
@@ -41,6 +42,7 @@ class Capabilities:
     max_concurrent_requests: int | None = None  # how many it runs side by side; None = as many as it is given
     adapters: bool = False  # has `load_adapter` and `unload_adapter`, as in `AdapterHost`
     embeddings: bool = False  # has `embed`, as in `Embedder`
+    renders: bool = False  # wants a conversation's messages and no token ids: the bot's tokenizer is not here
     constraints: frozenset[str] = frozenset(get_args(ConstraintKind))  # kinds of `Constraint`, where "constraint" is a parameter
 
 
@@ -137,6 +139,24 @@ class LoadReporter(Protocol):
         "Cheap, from any thread."
         ...
 
+# %% ../../nbs/serving/304_backends.ipynb #9ad3b069
+@dataclass(frozen=True)
+class EngineHealth:
+    "Whether an engine can be expected to answer."
+
+    ready: bool
+    reason: str = ""  # what does not work, for whoever may ask whether the server is ready
+    parts: dict[str, str] = field(default_factory=dict)  # "up", or why not, by the name of the part
+
+
+@runtime_checkable
+class HealthReporter(Protocol):
+    "A backend that tells how it is."
+
+    def health(self) -> EngineHealth:
+        "Cheap, from any thread."
+        ...
+
 # %% ../../nbs/serving/304_backends.ipynb #64a3f431
 def check_context(
     request: GenerationRequest,
@@ -144,7 +164,7 @@ def check_context(
 ) -> None:
     "Raise `RequestError` (code `context_length_exceeded`) when prompt and answer cannot fit, or the prompt is empty."
     prompt, new = len(request.prompt_ids), request.params.max_new_tokens
-    if not prompt:
+    if not prompt and request.messages is None:
         raise RequestError("the prompt is empty; send at least one token", param="prompt", code="empty_prompt")
     if prompt + new > context_length:
         room = context_length - prompt

@@ -76,6 +76,8 @@ class VllmSettings:
 @dataclass(kw_only=True, config=STRICT)
 class RemoteSettings:
     "Settings of the remote backend."
+    api: Literal["completions", "chat"] = Field(
+        default="completions", description="chat: conversations, rendered there, for a model whose tokenizer is not here")
     urls: Names = Field(default_factory=list, description="Base URLs of OpenAI-compatible servers, such as http://127.0.0.1:8001/v1")
     model: Name | None = Field(default=None, description="The model's name there; unset: the bot's name")
     api_key_env: Name = Field(default="LLMBOT_REMOTE_API_KEY", description="Environment variable that holds their key, if they ask for one")
@@ -84,4 +86,7 @@ class RemoteSettings:
     first_token_timeout_s: float = Field(default=60, gt=0, description="Seconds from the request to the first token")
     token_timeout_s: float = Field(default=30, gt=0, description="Seconds between two tokens")
     retries: int = Field(default=2, ge=0, le=10, description="Further rounds over the URLs, before the first token only")
-    down_s: float = Field(default=10, ge=0, description="Seconds that a URL which failed is asked last")
+    down_s: float = Field(default=10, ge=0, description="Seconds that a URL which failed is asked last, unless a check finds it well")
+    health_s: float = Field(default=10, ge=0, description="Seconds between two checks of each URL; 0: none")
+    health_path: Name = Field(default="/health", description="What is asked there, beside /v1; below 500 is well. Of llmbot: /health/ready")
+    context_length: Size = Field(default=32768, description="With api=chat: most tokens to ask for; the server there has the last word")

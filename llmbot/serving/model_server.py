@@ -26,10 +26,10 @@ from ..monitoring.metrics_logger import load_metrics
 from ..monitoring.serving_metrics import ServerMetrics, refresh
 from ..monitoring.telemetry import Span
 from .admission import Admission, InFlight, Leash, Limits, Room, drain
-from .backends import Backend, Embedder, LoadReporter, check_context, check_supported
+from .backends import Backend, Embedder, HealthReporter, LoadReporter, check_context, check_supported
 from .engine import RestartPolicy, next_token
 from .hosting import HostedBot, Hosting, chat_format, host, lease, remove
-from .prompts import ChatPrompt, Prompt, encode_prompt, sampling_params
+from .prompts import ChatPrompt, Prompt, conversation_of, encode_prompt, sampling_params
 from .request_stats import Meter, ModelStats, code_of
 from .sampling_params import Chunk, GenerationRequest, RequestError, SamplingParams
 from .watching import Watch
@@ -92,11 +92,15 @@ async def prepare_request(
     request_id: str,
 ) -> tuple[GenerationRequest, int]:  # and the tokens of its prompt and longest answer
     "Make the request for a backend. Raises `RequestError` for what it cannot answer."
-    chat = await asyncio.to_thread(chat_format, bot)
-    ids, continues = await asyncio.to_thread(encode_prompt, chat, prompt)  # long prompts take a while
+    messages = conversation_of(prompt) if backend.capabilities().renders else None
+    ids: tuple[int, ...] = ()
+    continues = False
+    if messages is None:
+        chat = await asyncio.to_thread(chat_format, bot)
+        ids, continues = await asyncio.to_thread(encode_prompt, chat, prompt)  # long prompts take a while
     chosen = sampling_params(params, bot.hosting.serving, backend.context_length - len(ids))
     check_supported(chosen, backend.capabilities(), backend.name)
-    request = GenerationRequest(ids, chosen, request_id, continues, bot.adapter)
+    request = GenerationRequest(ids, chosen, request_id, continues, bot.adapter, messages)
     check_context(request, backend.context_length)
     return request, len(ids) + chosen.max_new_tokens
 
@@ -148,7 +152,7 @@ class Readiness:
     "Whether requests should be sent now."
 
     ready: bool
-    reason: str = ""  # why not
+    reason: str = ""  # why not, or what does not work while the rest does
 
     def __bool__(self) -> bool:
         return self.ready
@@ -194,8 +198,10 @@ class Serving:
         for engine in self.bots.loader.engines:
             if engine.state in ("restarting", "failed"):
                 return Readiness(False, str(engine.down()))
-        loaded = any(engine.backend is not None for engine in self.bots.loader.engines)
-        return Readiness(True) if loaded else Readiness(False, "no bot is loaded yet")
+        backends = [engine.backend for engine in self.bots.loader.engines if engine.backend is not None]
+        told = [backend.health() for backend in backends if isinstance(backend, HealthReporter)]
+        reason = "; ".join(health.reason for health in told if health.reason)
+        return Readiness(all(health.ready for health in told), reason) if backends else Readiness(False, "no bot is loaded yet")
 
 # %% ../../nbs/serving/356_model_server.ipynb #61f1ce08
 def admission_limits(serving: ServingConfig) -> Limits:
@@ -256,6 +262,8 @@ def server_stats(server: Serving) -> dict[str, Any]:
         models[bot.name] = {**bot.describe(), **bot.stats.snapshot()}
         if bot.adapter is None and isinstance(bot.backend, LoadReporter):
             models[bot.name]["engine"] = dataclasses.asdict(bot.backend.load())
+        if bot.adapter is None and isinstance(bot.backend, HealthReporter):
+            models[bot.name]["health"] = dataclasses.asdict(bot.backend.health())
     admission, watch = server.admission, server.watch
     now: dict[str, Any] = {"running": admission.running, "waiting": admission.waiting, "waiting_tokens": admission.order.tokens}
     now |= {"waiting_by_key": admission.order.by_key(), "mean_service_s": admission.service.mean_s}

@@ -10,8 +10,9 @@ __all__ = ['BOUNDS', 'GREEDY_BELOW', 'MAX_STOP_STRINGS', 'MAX_STOP_LENGTH', 'MAX
 # %% ../../nbs/serving/300_sampling_params.ipynb #7dec0682
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from ..core.errors import ServingError
 
@@ -128,6 +129,7 @@ class GenerationRequest:
     request_id: str  # unique among running requests; appears in logs
     continues_text: bool = False  # True: the answer's text continues the prompt's (raw completion)
     adapter: str | None = None  # name of an adapter that the backend was given; None: the bot itself
+    messages: tuple[Mapping[str, Any], ...] | None = None  # instead of token ids, for an engine that renders conversations itself
 
 
 FinishReason = Literal["stop", "length"]

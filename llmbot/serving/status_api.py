@@ -35,6 +35,7 @@ class Health(BaseModel):
     "The server is well."
 
     status: Literal["ok"]
+    reason: str | None = Field(None, description="What does not work, while the rest does")
 
 
 class ModelInfo(BaseModel):
@@ -80,8 +81,8 @@ def status_router(server: ModelServer) -> APIRouter:
     "`/health`, `/models`, `/stats` and `/metrics`."
     router = APIRouter(tags=["Status"])
 
-    @router.get("/health", response_model=Health)
-    @router.get("/health/live", response_model=Health)
+    @router.get("/health", response_model=Health, response_model_exclude_none=True)
+    @router.get("/health/live", response_model=Health, response_model_exclude_none=True)
     async def live() -> dict[str, str]:
         "200 as long as the process answers. Needs no key."
         return {"status": "ok"}
@@ -91,7 +92,7 @@ def status_router(server: ModelServer) -> APIRouter:
         "200 while requests are taken; 503 while the server loads, restarts its engine or stops. Needs no key."
         if not (state := server.ready):
             return JSONResponse(error_body(state.reason, "server_error", code="not_ready"), 503, {"Retry-After": "1"})
-        return JSONResponse({"status": "ok"})
+        return JSONResponse({"status": "ok", "reason": state.reason} if state.reason else {"status": "ok"})
 
     @router.get("/models", response_model=ModelInfos)
     async def models() -> dict[str, Any]:
