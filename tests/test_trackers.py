@@ -141,27 +141,41 @@ def check_numbers(tracked: Tracked, read: dict[str, list[tuple[int, float]]], ex
     assert read["system/process_memory_bytes"][0][1] > 1e6
 
 
-def test_tensorboard(tracked: Tracked) -> None:
+Numbers = dict[str, list[tuple[int, float]]]
+
+
+def tensorboard_events(run_dir: Path, name: str) -> tuple[Numbers, dict[str, Any]]:
+    "Scalars and texts."
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(tracked.run_dir / "tensorboard" / "bot"), size_guidance={"scalars": 0, "tensors": 0}).Reload()
+    events = EventAccumulator(str(run_dir / "tensorboard" / name), size_guidance={"scalars": 0, "tensors": 0}).Reload()
     scalars = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    return scalars, {tag: events.Tensors(tag) for tag in events.Tags()["tensors"]}
+
+
+def test_tensorboard(tracked: Tracked) -> None:
+    scalars, texts = tensorboard_events(tracked.run_dir, "bot")
     check_numbers(tracked, scalars, exact=False)  # TensorBoard keeps float32
-    texts = {tag: events.Tensors(tag) for tag in events.Tags()["tensors"]}
     assert tracked.id in texts["run/text_summary"][0].tensor_proto.string_val[0].decode()
     assert {"params/text_summary", "samples/text_summary", "artifact/bot/text_summary", "data/report/text_summary"} <= texts.keys()
 
 
-def mlflow_client(tracked: Tracked) -> Any:
+def mlflow_client(folder: Path) -> Any:
     from mlflow import MlflowClient
 
-    return MlflowClient(f"sqlite:///{tracked.folder / 'mlflow.db'}")
+    return MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
+
+
+def mlflow_run(client: Any, run_id: str) -> tuple[Any, Numbers]:
+    "The run with our id, and its numbers."
+    [run] = client.search_runs([client.get_experiment_by_name("llmbot").experiment_id], f"tags.`llmbot.run_id` = '{run_id}'")
+    names = run.data.metrics
+    return run, {name: sorted((m.step, m.value) for m in client.get_metric_history(run.info.run_id, name)) for name in names}
 
 
 def test_mlflow(tracked: Tracked) -> None:
-    client = mlflow_client(tracked)
-    [run] = client.search_runs([client.get_experiment_by_name("llmbot").experiment_id], f"tags.`llmbot.run_id` = '{tracked.id}'")
-    read = {name: sorted((m.step, m.value) for m in client.get_metric_history(run.info.run_id, name)) for name in run.data.metrics}
+    client = mlflow_client(tracked.folder)
+    run, read = mlflow_run(client, tracked.id)
     check_numbers(tracked, read)
     assert run.info.run_name == "bot"
     assert run.info.status == "FINISHED"
@@ -216,17 +230,23 @@ def test_wandb(tracked: Tracked) -> None:
     assert any(record.WhichOneof("record_type") == "artifact" or "artifact" in str(record.request) for record in records)
 
 
-def test_comet(tracked: Tracked) -> None:
-    [path] = (tracked.run_dir / "comet").glob("*.zip")
-    assert path.name == f"{tracked.id}.zip"
+def comet_messages(run_dir: Path, run_id: str) -> tuple[Numbers, list[Any], list[str]]:
+    "The numbers, all messages, and the names of the files beside them."
+    [path] = (run_dir / "comet").glob("*.zip")
+    assert path.name == f"{run_id}.zip"
     with zipfile.ZipFile(path) as archive:
         messages = [json.loads(line) for line in archive.read("messages.json").decode().splitlines()]
         names = archive.namelist()
-    read: dict[str, list[tuple[int, float]]] = defaultdict(list)
+    read: Numbers = defaultdict(list)
     for message in messages:
         if message["type"] == "metric_msg":
             metric = message["payload"]["metric"]
             read[metric["metricName"]].append((metric["step"], float(metric["metricValue"])))
+    return dict(read), messages, names
+
+
+def test_comet(tracked: Tracked) -> None:
+    read, messages, names = comet_messages(tracked.run_dir, tracked.id)
     check_numbers(tracked, read)
     params = {m["payload"]["param"]["paramName"]: m["payload"]["param"]["paramValue"] for m in messages if m["type"] == "parameter_msg"}
     assert params["training.method"] == "sft"
@@ -242,8 +262,8 @@ def test_the_readers_find_what_the_tools_find(tracked: Tracked) -> None:
     assert records.pop("history")() == tracked.numbers
     for name, read in records.items():
         check_numbers(tracked, read(), exact=name != "tensorboard")
-    client = mlflow_client(tracked)
-    [run] = client.search_runs([client.get_experiment_by_name("llmbot").experiment_id], f"tags.`llmbot.run_id` = '{tracked.id}'")
+    client = mlflow_client(tracked.folder)
+    run, _ = mlflow_run(client, tracked.id)
     assert records["mlflow"]().keys() == run.data.metrics.keys()
     assert not {"curr_step", "process duration"} & records["comet"]().keys()
 
@@ -325,14 +345,12 @@ def test_the_command_sends_what_waits(tmp_path: Path) -> None:
     sync = [sys.executable, "-m", "llmbot.app.cli", "tracking", "sync", str(tmp_path / "bot"), "--json"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
 
-    def synced() -> tuple[int, Any]:
-        done = subprocess.run(sync, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
-        return done.returncode, json.loads(done.stdout)
-
     count = len(waiting)
-    assert synced() == (TrainingError.exit_code, {"mlflow": {"waited": count, "left": count}})
+    with pytest.warns(UserWarning, match="Tracker 'mlflow'"):
+        assert send_again(tmp_path / "bot.run") == {"mlflow": (count, count)}
     blocked.unlink()
-    assert synced() == (0, {"mlflow": {"waited": count, "left": 0}})
+    done = subprocess.run(sync, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, json.loads(done.stdout)) == (0, {"mlflow": {"waited": count, "left": 0}})
     from mlflow import MlflowClient
 
     client = MlflowClient(f"sqlite:///{blocked}/mlflow.db")
@@ -442,6 +460,61 @@ def test_a_server_in_the_trackers(tracked: Tracked, tmp_path: Path) -> None:
     assert b"planted-token-0" not in everything_in(tmp_path)
 
 
+STAGES: dict[str, dict[str, Any]] = {  # each goes on from the one before
+    "scratch": {"data.train": "[stories.txt]", "data.validation": "[others.txt]", "data.validation_split": None},
+    "sft": {},
+    "lora": {"lora.merge": True},
+    "dpo": {"data.train": "[pairs.jsonl]", "method.reference": "frozen"},
+}
+
+
+def write_chain_data(folder: Path) -> None:
+    for name, first in (("stories", "The"), ("others", "A")):
+        lines = [f"{first} {a} {b} saw the {b} {a}. " * 3 for a in ("red", "blue") for b in "abcdefghij"]
+        (folder / f"{name}.txt").write_text("\n".join(lines))
+    pairs = [{"prompt": f"{a} {b}", "chosen": f"{b} {a}", "rejected": f"{a} {b} {a} {b}"} for a in ("red", "blue") for b in "abcdefghij"]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+
+
+@pytest.mark.slow
+def test_a_chain_of_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    "Scratch, SFT, LoRA, DPO, in all four trackers at once: every number of every stage, and each stage below the one before."
+    monkeypatch.chdir(tmp_path)
+    write_chain_data(tmp_path)
+    chain: list[dict[str, Any]] = []
+    for stage, changes in STAGES.items():
+        base = {"model.base": tmp_path / chain[-1]["name"], "model.preset": None, "model.vocab_size": None} if chain else {}
+        given = overrides(tmp_path, stage, **{"training.method": stage, "training.max_steps": 4, "training.eval_steps": 2,
+                                              "training.save_steps": 4, **base, **changes})  # fmt: skip
+        train(load_config(None, given, env={}), console=QUIET)
+        who = identity(tmp_path / f"{stage}.run")
+        assert who
+        chain.append(who)
+    root, client, parents = chain[0]["id"], mlflow_client(tmp_path), [None, *(who["id"] for who in chain)]
+    ours: dict[str, str] = {}  # our id -> MLflow's
+    for who, parent in zip(chain, parents, strict=False):
+        run_dir, numbers = tmp_path / f"{who['name']}.run", told(tmp_path / f"{who['name']}.run")
+        assert (who["parent"], who["root"]) == (parent, root if parent else None)
+        scalars, texts = tensorboard_events(run_dir, who["name"])
+        run, in_mlflow = mlflow_run(client, who["id"])
+        [record] = (run_dir / "wandb").glob("offline-run-*/run-*.wandb")
+        in_wandb, records = wandb_history(record)
+        in_comet, messages, _ = comet_messages(run_dir, who["id"])
+        assert [step for step, _ in numbers["train/loss"]] == [1, 2, 3, 4]
+        assert ("train/perplexity" in in_mlflow) == (who["method"] != "dpo")  # whose loss is no likelihood
+        for name, values in numbers.items():
+            assert [(s, pytest.approx(v, rel=1e-6)) for s, v in values] == [pair for pair in scalars[name] if pair[0]], name
+            for read in (in_mlflow, in_wandb, in_comet):
+                assert [pair for pair in read[name] if pair[0]] == values, name
+        ours[who["id"]] = run.info.run_id
+        assert run.data.tags.get("mlflow.parentRunId") == (ours[parent] if parent else None)
+        assert not parent or parent in texts["run/text_summary"][0].tensor_proto.string_val[0].decode()
+        [begun] = [r.run for r in records if r.WhichOneof("record_type") == "run"][:1]
+        assert (begun.run_id, begun.run_group, begun.job_type) == (who["id"], root, who["method"])
+        others = {m["payload"]["key"]: m["payload"]["value"] for m in messages if m["type"] == "log_other"}
+        assert (others["parent"], others["root"]) == (parent or "", root if parent else "")
+
+
 def answer_of(command: list[str], url: str, folder: Path) -> str:
     "What a server answers, once it is up."
     server = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
@@ -469,8 +542,8 @@ def test_tensorboard_serves_the_run(tracked: Tracked) -> None:
 
 
 def test_mlflow_serves_the_run(tracked: Tracked) -> None:
-    port, client = free_port(), mlflow_client(tracked)
-    [run] = client.search_runs([client.get_experiment_by_name("llmbot").experiment_id], f"tags.`llmbot.run_id` = '{tracked.id}'")
+    port, client = free_port(), mlflow_client(tracked.folder)
+    run, _ = mlflow_run(client, tracked.id)
     command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", f"sqlite:///{tracked.folder / 'mlflow.db'}"]
     command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     url = f"http://127.0.0.1:{port}/api/2.0/mlflow/metrics/get-history?run_id={run.info.run_id}&metric_key=train/loss"
