@@ -18,7 +18,7 @@ from test_evaluate import CPU, TALKS, write
 from tiny_bots import make_bot
 
 from llmbot.core.config import Config, ModelConfig, ServingConfig
-from llmbot.core.errors import ConfigError
+from llmbot.core.errors import ConfigError, DataError
 from llmbot.evaluation.compare import compare_bots
 from llmbot.evaluation.evaluate import evaluate_bot
 from llmbot.evaluation.html_report import comparison_page
@@ -138,6 +138,14 @@ def test_two_bots_before_a_judge(bots: list[Path], tmp_path: Path) -> None:
         biased = compare_bots(*bots, data, ["token_f1"], model=CPU, max_new_tokens=8, judge=url, resamples=50)
     assert biased.judged is not None
     assert (biased.judged.score, biased.judged.first_place) == (0.5, 0.0)
+
+
+def test_a_judge_on_this_machine(bots: list[Path], tmp_path: Path) -> None:
+    "A bot of random weights says nothing that could be read, and that is told; half a pair is never shown."
+    found = judge_pairs(bots[0], PAIRS[:2], model=CPU, max_new_tokens=6)
+    assert (found.count("unreadable"), len(found.examples)) == (2, 3)
+    with pytest.raises(DataError, match=r"pair 2 with its verdict needs"):
+        judge_pairs(bots[0], [PAIRS[0], Pair("?", "", "a " * 3000, "b")], model=CPU, max_new_tokens=6)
 
 
 def test_a_server_by_its_address(bots: list[Path], tmp_path: Path) -> None:

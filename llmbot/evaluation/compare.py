@@ -23,6 +23,7 @@ from .evaluate import Asked, Asking, ask_questions, check_metrics, scorer
 from .judge import Judgement, Pair, judge_pairs
 from .measure import LIKELIHOOD, measure
 from .questions import Question, fingerprint
+from .report import plain
 from .server import is_url
 from ..monitoring.bootstrap import CONFIDENCE, RESAMPLES, SEED, Difference, figure_difference, paired_difference, sign_test
 from ..monitoring.text_metrics import get_metric
@@ -79,7 +80,7 @@ class Comparison:
 
     def save(self, path: str | Path) -> None:
         "Write the comparison as JSON."
-        Path(path).write_text(json.dumps(self.to_dict(), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        Path(path).write_text(json.dumps(plain(self.to_dict()), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
     def __repr__(self) -> str:
         values = ", ".join(f"{name} {d.value:+.3g} {d.interval}" for name, d in self.differences.items())

@@ -140,6 +140,7 @@ def run_tasks(
             said = "\n".join((done.stderr or done.stdout).strip().splitlines()[-8:]).replace(key, "[hidden]")
             raise DataError(f"lm_eval ended with exit code {done.returncode} and {'no' if not files else 'some'} results:\n{said}")
         found = json.loads(files[-1].read_text(encoding="utf-8"))
-    settings = {"backend": "lm_eval", "lm_eval": found.get("lm_eval_version"), "limit": limit, "chat_template": chat, "device": bot.device}
+    settings = {"backend": "lm_eval", "lm_eval": found.get("lm_eval_version"), "chat_template": chat, "device": bot.device}
+    settings |= {"max_rows": limit} if limit else {}
     return reports_of(found, bot.name, {"settings": settings, "fingerprint": tasks_fingerprint(place),
                       "digest": bot_digest(bot.path) if bot.path else None, "date": datetime.now(UTC).isoformat(timespec="seconds")})

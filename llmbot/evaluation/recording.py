@@ -12,7 +12,7 @@ from typing import Any
 from ..core.bot import resolve_reference
 from ..core.errors import BotError
 from ..core.evaluations import record_evaluation
-from .report import EvaluationReport
+from .report import EvaluationReport, plain
 
 # %% ../../nbs/evaluation/402_recording.ipynb #6915f2a6
 def part_of(
@@ -36,7 +36,7 @@ def figures_of(
         interval = report.intervals.get(name)
         ends = {"interval": [interval.low, interval.high]} if interval else {}
         groups = {group.name: group.metrics[name] for group in report.groups if name in group.metrics}
-        found[f"{report.split}/{name}"] = {"value": value, **ends, **about, **({"groups": groups} if groups else {})}
+        found[f"{report.split}/{name}"] = plain({"value": value, **ends, **about, **({"groups": groups} if groups else {})})
     return found
 
 
