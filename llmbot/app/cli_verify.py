@@ -55,8 +55,9 @@ def show_parity(
     "Say how the sides compare, and where they part."
     rows = [(s.name, s.prompts, s.equal, s.tokens, s.largest_logprob_difference, sum(d.tie for d in s.differences),
              sum(not d.tie for d in s.differences)) for s in report.sides]
-    columns = ["", "prompts", "the same answer", "tokens", "log-probability differs by up to", "near ties", "differences"]
+    columns = ["", "prompts", "equal", "tokens", "off by", "ties", "differ"]  # short: they fit 80 columns beside a long name
     terminal().print(table(columns, rows, title=f"{report.bot} beside {report.reference}"))
+    say("off by: largest difference of log-probabilities; ties: answers that part at a near tie; differ: elsewhere")
     for side in report.sides:
         for d in side.differences:
             say(f"\n{side.name}: {'near tie' if d.tie else 'difference'} at token {d.place + 1} of the {d.what} to {d.prompt[:200]!r}",
