@@ -14,16 +14,26 @@ from typing import Any
 
 import httpx
 import pytest
+from test_resources import driver
 from tiny_bots import make_bot
 
-from llmbot.core.bot import Manifest, bot_digest, read_manifest, resolve_reference, write_manifest
+from llmbot.app.cli import main
+from llmbot.core.adapters import merge_bot
+from llmbot.core.bot import Manifest, bot_digest, read_manifest, resolve_reference, verify_bot, write_manifest
+from llmbot.core.bot_diff import diff_bots
+from llmbot.core.bot_facts import bot_facts
 from llmbot.core.config import Config, ModelConfig, ServingConfig
-from llmbot.core.errors import BotError
+from llmbot.core.errors import BotError, MissingExtraError
+from llmbot.core.evaluations import known_metrics
+from llmbot.core.exchange import export_bot
+from llmbot.core.lineage import lineage
 from llmbot.core.model_manager import find_base, load_bot
 from llmbot.core.registry import delete_version, gc, read_record, register, verify_registry
-from llmbot.core.registry_aliases import promote
+from llmbot.core.registry_aliases import alias_history, promote
 from llmbot.core.registry_layout import find_version, read_aliases, version_places
+from llmbot.monitoring.mlflow_models import pull_from_mlflow
 from llmbot.serving.api_server import running_server
+from llmbot.training.trainer import train
 
 
 def fake_bot(folder: Path, content: str = "x", **facts: object) -> Path:
@@ -50,6 +60,14 @@ def expected_text(bot: Path, asked: dict[str, Any]) -> str:
     return str(loaded.chat.decode(made[0, ids.shape[1] :].tolist()))
 
 
+def command(arguments: list[str], capsys: pytest.CaptureFixture[str] | None = None) -> str:
+    "A command that succeeds, in this process; what it printed."
+    with pytest.raises(SystemExit) as left:
+        main(arguments)
+    assert not left.value.code
+    return capsys.readouterr().out if capsys else ""
+
+
 def start(code: str, *arguments: object) -> "subprocess.Popen[str]":
     return subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -59,13 +77,29 @@ import sys; from pathlib import Path
 from llmbot.core.registry import register
 print(register(sys.argv[1], root=Path(sys.argv[2])))
 """
-CHURN = """
-import sys; from pathlib import Path
-from llmbot.core.registry import register
-from llmbot.core.registry_aliases import promote
+TURN = """
+import random, sys; from pathlib import Path
+from llmbot.core.errors import BotError
+from llmbot.core.exchange import export_bot
+from llmbot.core.registry import delete_version, gc, register
+from llmbot.core.registry_aliases import promote, rollback
+from llmbot.core.registry_layout import version_places
+bot, root, out, chance = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), random.Random(int(sys.argv[4]))
 print("ready", flush=True)
 while True:
-    promote(str(register(sys.argv[1], root=Path(sys.argv[2]))), root=Path(sys.argv[2]))
+    try:
+        places = version_places(root, "mine")
+        {
+            "register": lambda: register(bot, root=root),
+            "promote": lambda: promote(str(chance.choice(places)), root=root),
+            "rollback": lambda: rollback("mine", root=root),
+            "delete": lambda: delete_version(str(chance.choice(places)), root),
+            "gc": lambda: gc(root),
+            "export": lambda: export_bot(places[-1].directory, out, overwrite=True),
+        }[chance.choice(["register", "register", "promote", "rollback", "delete", "gc", "export"])]()
+    except BotError as refused:  # such as a version that the alias means, or a rollback from the first one
+        if not any(why in str(refused) for why in ("needed by", "nothing to go back", "is deleted", "There is no")):
+            raise
 """
 
 
@@ -80,21 +114,30 @@ def test_processes_that_register_at_once_get_different_versions(tmp_path: Path) 
 
 
 def test_killed_at_any_moment_the_registry_stays_valid(tmp_path: Path) -> None:
-    "Whatever the moment: every version is whole, the alias means one, its history agrees, and the next one registers."
-    bot, root, chance = fake_bot(tmp_path / "mine", "y" * 100_000), tmp_path / "registry", random.Random(1)
-    for _ in range(12):
-        process = start(CHURN, bot, root)
+    "Whatever the moment: every version is whole, aliases mean one, histories are chains, and a folder that was written is whole or absent."
+    bot, root, out, chance = fake_bot(tmp_path / "mine", "y" * 100_000), tmp_path / "registry", tmp_path / "hub", random.Random(1)
+    register(bot, root=root)
+    registered = 1
+    for turn in range(12):
+        process = start(TURN, bot, root, out, turn)
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n", process.communicate()[1]
         time.sleep(chance.uniform(0, 0.25))  # the random moment
         os.kill(process.pid, signal.SIGKILL)
-        process.communicate()
+        assert process.communicate()[1] == ""
         assert verify_registry(root) == {}
         state, numbers = read_aliases(root, "mine"), [place.number for place in version_places(root, "mine")]
         assert state["aliases"].get("production") in [None, *numbers]
-        assert [move["from"] for move in state["history"][1:]] == [move["to"] for move in state["history"][:-1]]
+        for alias in ("production", "latest"):
+            moves = [move for move in alias_history("mine", root) if move["alias"] == alias]
+            assert [move["from"] for move in moves[1:]] == [move["to"] for move in moves[:-1]]
+            assert not moves or moves[-1]["to"] == (state["aliases"].get(alias) if alias == "production" else numbers[-1])
+        assert not out.exists() or verify_bot(out) == []
         newest = register(bot, root=root)
-        assert newest.number > max(numbers, default=0)
+        assert newest.number > max(numbers)
+        assert newest.number > registered
+        registered = newest.number
+    assert {move["action"] for move in alias_history("mine", root)} >= {"register", "promote", "rollback", "delete"}
     gc(root)
     assert not [path for path in root.rglob("*") if path.name.startswith((".partial-", ".trash-")) or path.suffix == ".tmp"]
     assert verify_registry(root) == {}
@@ -148,6 +191,99 @@ def test_a_bot_loads_by_its_alias_and_the_files_are_what_they_were(tmp_path: Pat
     assert find_version("tiny").number == 2
 
 
+def test_a_chain_from_data_to_a_merged_bot_is_drawn_compared_and_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    "Real stages: the lineage is what was trained, the export loads in plain transformers with the same logits, and comes back the same."
+    import torch
+    from huggingface_hub import ModelCard
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    monkeypatch.setenv("LLMBOT_REGISTRY", str(tmp_path / "registry"))
+    driver(monkeypatch, watts=250_000)  # of the first of two GPUs; the second does not tell
+    text, chats = tmp_path / "text.txt", tmp_path / "chats.jsonl"
+    text.write_text("\n\n".join(f"{a} plus {b} is {a + b}." for a in range(10) for b in range(10)))
+    rows = [{"messages": [{"role": "user", "content": f"{a}+1?"}, {"role": "assistant", "content": str(a + 1)}]} for a in range(40)]
+    chats.write_text("\n".join(map(json.dumps, rows)))
+
+    def stage(name: str, method: str, data: Path, base: str | None, **lora: Any) -> str:
+        model = {"base": base} if base else {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 300}
+        training = {"method": method, "output_dir": str(tmp_path / name), "max_steps": 2, "warmup_steps": 0, "learning_rate": 0.01,
+                    "per_device_batch_size": 4, "license": "mit"}
+        train(Config(model={**model, "device": "cpu"}, training=training, data={"train": [str(data)]}, lora=lora))  # type: ignore[arg-type]
+        return str(register(tmp_path / name))
+
+    base = stage("base", "scratch", text, None)
+    tuned = stage("tuned", "sft", chats, base)
+    skill = stage("skill", "lora", chats, tuned, rank=2)
+    merge_bot(skill, tmp_path / "whole")
+    whole = str(register(tmp_path / "whole"))
+    tree = lineage(whole)
+    assert [(node.kind, node.role, node.made, node.label) for node in tree.root.walk()] == [
+        ("version", "", "lora, merged", whole), ("version", "adapter", "lora", skill), ("version", "base", "sft", tuned),
+        ("version", "base", "scratch", base), ("data", "data", "", "text.txt"), ("data", "data", "", "chats.jsonl"),
+        ("data", "data", "", "chats.jsonl")]  # fmt: skip
+    prints = [read_manifest(find_version(ref).directory) for ref in (base, tuned, skill)]
+    assert [node.digest for node in tree.root.walk() if node.kind == "data"] == [m.data[0]["fingerprint"] for m in prints if m]
+    assert lineage(skill).children == (whole,)
+    with pytest.raises(BotError, match=f"needed by {whole}"):
+        delete_version(skill)
+    energy = read_manifest(find_version(tuned).directory).energy  # type: ignore[union-attr]
+    assert (energy["gpus"], energy["kwh"]) == (1, pytest.approx(250 * energy["seconds"] / 3.6e6))
+    assert "kWh, the power of 1 GPU" in bot_facts(tuned).card()
+    diff = diff_bots(base, tuned)
+    assert diff.config["training.method"] == ["scratch", "sft"]
+    assert diff.relation == f"{tuned} was made from {base}"
+    weights = sum(path.stat().st_size for path in (tmp_path / "tuned").rglob("*") if path.is_file())
+    assert diff.size["bytes"][1] == weights
+
+    done = export_bot(whole, tmp_path / "hub")
+    assert ModelCard.load(tmp_path / "hub" / "README.md").data.license == "mit"
+    model, ours = AutoModelForCausalLM.from_pretrained(tmp_path / "hub"), load_bot(whole, device="cpu")
+    ids = AutoTokenizer.from_pretrained(tmp_path / "hub")("1 plus 1 is", return_tensors="pt").input_ids
+    assert torch.equal(model(ids).logits, ours.model(ids).logits)
+    again = register(tmp_path / "hub", "whole")
+    assert (str(again), read_record(again).digest, done.digest) == ("whole@2", done.digest, bot_digest(tmp_path / "whole"))
+
+
+def test_a_gate_reads_what_evaluate_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    "An evaluation through the real command; then promotions that it allows, and those that it does not, with the reason."
+    monkeypatch.setenv("LLMBOT_REGISTRY", str(tmp_path / "registry"))
+    place = register(make_bot(tmp_path / "made", "helper"))
+    data = tmp_path / "held-out.jsonl"
+    row = {"messages": [{"role": "user", "content": "What is 12 + 30?"}, {"role": "assistant", "content": "42"}]}
+    data.write_text("\n".join([json.dumps(row)] * 3))
+    with pytest.raises(BotError, match="no metric 'exact_match'"):
+        promote("helper@1", require=["exact_match<=1"])
+    command(["evaluate", "helper@1", "--data", str(data), "--metrics", "exact_match", "--json"])
+    [(name, figure)] = [(key, value) for key, value in known_metrics(place.directory).items() if key.endswith("exact_match")]
+    assert figure["digest"] == bot_digest(place.directory)
+    done = promote("helper@1", require=["exact_match<=1", f"{name}.high<=1"])
+    assert [decision.value for decision in done.decisions] == [figure["value"], figure["interval"][1]]
+    assert "3 rows of held-out.jsonl" in done.decisions[0].reason
+    assert "compared is the figure itself" in done.decisions[0].reason
+    assert alias_history("helper")[-1]["gates"] == [str(decision) for decision in done.decisions]
+    with pytest.raises(BotError, match=r"exact_match>1.*compared is the figure itself"):
+        promote("helper@1", "canary", ["exact_match>1"])
+    assert "canary" not in read_aliases(place.root, "helper")["aliases"]
+
+
+def test_mlflow_keeps_a_bot_and_gives_it_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    "Through the commands, in a SQLite store on disk; MLflow's own client sees what was pushed. Without MLflow, the extra is named."
+    from mlflow import MlflowClient
+
+    monkeypatch.setenv("LLMBOT_REGISTRY", str(tmp_path / "registry"))
+    bot, store = fake_bot(tmp_path / "mine"), f"sqlite:///{tmp_path}/mlflow.db"
+    register(bot)
+    pushed = json.loads(command(["models", "export", "mine@1", "mlflow:helper", "--uri", store, "--json"], capsys))
+    assert pushed == {"bot": "mine@1", "pushed": "mlflow:helper/1"}
+    version = MlflowClient(store).get_model_version("helper", "1")
+    assert (version.tags["llmbot.digest"], version.status) == (bot_digest(bot), "READY")
+    back = json.loads(command(["models", "register", "mlflow:helper/1", "--uri", store, "--json"], capsys))
+    assert (back["version"], back["digest"], back["source"]) == ("helper@1", bot_digest(bot), f"mlflow:helper/1 of {store}")
+    monkeypatch.setitem(sys.modules, "mlflow", None)
+    with pytest.raises(MissingExtraError, match=r"llmbot\[mlflow\]"):
+        pull_from_mlflow("helper", uri=store)
+
+
 @pytest.mark.parametrize(("arguments", "said"), [
     (["register", "nowhere"], "No bot at 'nowhere'"),
     (["promote", "nowhere@1"], "There is no bot 'nowhere'"),
@@ -160,20 +296,23 @@ def test_a_bot_loads_by_its_alias_and_the_files_are_what_they_were(tmp_path: Pat
     (["verify", "mine@1"], "content changed"),
     (["diff", "mine", "nowhere"], "No bot at 'nowhere'"),
     (["card", "hf:a/b"], "is on the hub"),
+    (["export", "mine@1", "mine"], "exists already"),
+    (["export", "mine@1", "mlflow:mine"], "Which MLflow?"),
     (["list", "nowhere"], "There is no bot 'nowhere'"),
 ])
-def test_bad_input_ends_in_one_clear_error(tmp_path: Path, arguments: list[str], said: str) -> None:
-    root = tmp_path / "registry"
-    place = register(fake_bot(tmp_path / "mine"), root=root)
+def test_bad_input_ends_in_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+                                           arguments: list[str], said: str) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LLMBOT_REGISTRY", str(tmp_path / "registry"))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    place = register(fake_bot(tmp_path / "mine"))
     if arguments[0] == "verify":
         (place.directory / "config.json").chmod(0o644)
         (place.directory / "config.json").write_text("[]")
-    done = subprocess.run([sys.executable, "-m", "llmbot.app.cli", "models", *arguments], capture_output=True, text=True,
-                          env=os.environ | {"LLMBOT_REGISTRY": str(root)}, cwd=tmp_path)
-    assert done.returncode in (2, 4), done
-    assert said in done.stderr
-    assert done.stderr.count("error:") == 1
-    assert "Traceback" not in done.stderr
+    with pytest.raises(SystemExit) as left:
+        main(["models", *arguments])
+    out, err = capsys.readouterr()
+    assert (left.value.code in (2, 4), said in err, err.count("error:"), "Traceback" in err, out) == (True, True, 1, False, ""), (out, err)
 
 
 @pytest.mark.server

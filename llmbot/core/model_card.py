@@ -7,14 +7,14 @@ __all__ = ['EXPORT_METHOD', 'HUB_LICENSES', 'TOLD', 'escaped', 'code', 'table', 
            'about', 'license_fields', 'relation', 'index_entry', 'card_header', 'method_section', 'data_section',
            'figures_section', 'hardware_section', 'other_ways', 'license_section', 'model_card']
 
-# %% ../../nbs/core/011_model_card.ipynb #634a3476
+# %% ../../nbs/core/011_model_card.ipynb #800ba827
 import hashlib
 import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-# %% ../../nbs/core/011_model_card.ipynb #de165c5d
+# %% ../../nbs/core/011_model_card.ipynb #3aa23112
 EXPORT_METHOD = "onnx-export"  # what a manifest says instead of a training method
 _LINES = re.compile(r"[\s\x00-\x1f\x7f-\x9f]+")
 
@@ -57,7 +57,7 @@ def dotted(
         found |= dotted(value, f"{name}.") if isinstance(value, Mapping) and value else {name: value}
     return found
 
-# %% ../../nbs/core/011_model_card.ipynb #ddacb74e
+# %% ../../nbs/core/011_model_card.ipynb #43ef0017
 def digest_of(
     files: Mapping[str, str],  # relative path -> sha256, in the order of a manifest
 ) -> str:  # sha256, hexadecimal
@@ -88,11 +88,12 @@ def shown(
 def about(
     figure: Mapping[str, Any],  # of an evaluation
 ) -> tuple[str, str, int | None]:  # split, data, rows
-    "What a figure was measured on, in words; empty where it is not known."
-    data = figure.get("data") or ""
-    return str(figure.get("split") or ""), data if isinstance(data, str) else ", ".join(map(str, data)), figure.get("rows")
+    "What a figure was measured on, in words, without the directories of this machine; empty where it is not known."
+    data = figure.get("data") or []
+    names = [str(one) if str(one).startswith("hf:") else str(one).rpartition("/")[2] for one in ([data] if isinstance(data, str) else data)]
+    return str(figure.get("split") or ""), ", ".join(names), figure.get("rows")
 
-# %% ../../nbs/core/011_model_card.ipynb #85167b3a
+# %% ../../nbs/core/011_model_card.ipynb #beabf562
 HUB_LICENSES = frozenset("""
 afl-3.0 agpl-3.0 apache-2.0 artistic-2.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear bsl-1.0 c-uda cc cc0-1.0 cc-by-2.0 cc-by-2.5
 cc-by-3.0 cc-by-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0
@@ -135,7 +136,7 @@ def index_entry(
     entry = {"type": metric, "value": figure["value"], "name": f"{metric}: {', '.join(filter(None, known))}"}
     return {"task": {"type": "text-generation"}, "dataset": dataset, "metrics": [entry]}
 
-# %% ../../nbs/core/011_model_card.ipynb #232c9922
+# %% ../../nbs/core/011_model_card.ipynb #21664fe3
 def card_header(
     facts: Mapping[str, Any],  # of a manifest
 ) -> str:  # YAML
@@ -159,7 +160,7 @@ def card_header(
         head["model-index"] = [{"name": str(facts["name"]), "results": [index_entry(name, figure) for name, figure in found.items()]}]
     return yaml.safe_dump(head, sort_keys=False, allow_unicode=True, width=2**20)
 
-# %% ../../nbs/core/011_model_card.ipynb #22b2e7d9
+# %% ../../nbs/core/011_model_card.ipynb #140c9733
 TOLD = ("learning_rate", "num_train_epochs", "max_steps", "max_minutes", "per_device_batch_size", "gradient_accumulation_steps",
         "optimizer", "weight_decay", "lr_scheduler_type", "warmup_steps", "precision", "packing", "strategy")  # fmt: skip
 
@@ -176,7 +177,7 @@ def method_section(
     text += "`llmbot.json`.\n\n" + (table(("setting", "value"), rows) + "\n\n" if rows else "")
     return "## Method\n\n" + text + table(("package", "version"), facts.get("versions", {}).items())
 
-# %% ../../nbs/core/011_model_card.ipynb #8ace806d
+# %% ../../nbs/core/011_model_card.ipynb #71f0e035
 def data_section(
     facts: Mapping[str, Any],  # of a manifest
 ) -> str:
@@ -208,7 +209,7 @@ def figures_section(
         parts += ["While it was made:", table(("metric", "value"), plain)] if rows else [table(("metric", "value"), plain)]
     return "## Metrics\n\n" + ("\n\n".join(parts) or "None were measured.")
 
-# %% ../../nbs/core/011_model_card.ipynb #f22f4410
+# %% ../../nbs/core/011_model_card.ipynb #c66df33c
 def hardware_section(
     facts: Mapping[str, Any],  # of a manifest
 ) -> str:
@@ -247,7 +248,7 @@ def license_section(
     known = facts.get("license")
     return f"## Licence\n\n{escaped(known) + '.' if known else 'Not stated: ask its maker before you pass it on.'}"
 
-# %% ../../nbs/core/011_model_card.ipynb #d3d44112
+# %% ../../nbs/core/011_model_card.ipynb #5174fab5
 def model_card(
     facts: Mapping[str, Any],  # what `llmbot.json` holds
 ) -> str:  # Markdown with the YAML header that model hubs read
