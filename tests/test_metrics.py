@@ -137,6 +137,16 @@ def test_counters_are_what_was_asked_for(bots: list[str], own: None) -> None:
 
 
 @pytest.mark.server
+def test_a_cache_that_is_only_kept_is_not_in_use(bots: list[str]) -> None:
+    "Blocks that stay for prompts that begin alike are given up when room is needed: without a request the usage is 0, as in vLLM."
+    with running_server(config(bots[:1])) as url:
+        httpx.post(f"{url}/generate", json={"prompt": "x " * 60, "max_new_tokens": 4}, timeout=60).raise_for_status()
+        page, engine = read(url), httpx.get(f"{url}/stats").json()["models"]["alice"]["engine"]
+    assert engine["kv_tokens"] == engine["kv_idle"] > 0
+    assert page("kv_cache_usage_perc", model_name="alice") == 0
+
+
+@pytest.mark.server
 def test_a_stream_that_is_left_and_a_queue(bots: list[str]) -> None:
     "Gauges while requests run and wait, and an abort when the reader leaves."
     GatedBackend.gate.clear()

@@ -28,7 +28,7 @@ STATES = ("unloaded", "loading", "loaded", "unloading", "restarting", "failed") 
 SERVING_METRICS = (
     Instrument("gauge", "num_requests_running", "Requests that are generated now."),
     Instrument("gauge", "num_requests_waiting", "Requests that wait for their prompt, their bot or their turn."),
-    Instrument("gauge", "kv_cache_usage_perc", "Share of the KV cache that is in use; 1: all of it.", merge="livemax"),
+    Instrument("gauge", "kv_cache_usage_perc", "Share of the KV cache that requests use; 1: all of it.", merge="livemax"),
     Instrument("gauge", "engine_state", "1 for the state that an engine is in.", (*MODEL, "state"), merge="livemax"),
     Instrument("counter", "engine_restarts", "Restarts of engines that had crashed or stalled."),
     Instrument("counter", "prompt_tokens", "Tokens of prompts."),

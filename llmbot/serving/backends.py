@@ -129,6 +129,12 @@ class EngineLoad:
     waiting: int  # requests that it was given and that wait for memory
     kv_tokens: int  # tokens whose keys and values are kept, shared ones once
     kv_capacity: int | None  # most that can be kept; None: not bounded by the engine
+    kv_idle: int = 0  # of `kv_tokens`: those that no request uses, kept for a prompt that begins alike, and given up when room is needed
+
+    @property
+    def kv_usage(self) -> float | None:
+        "Share of the room that requests use now; None where it is not bounded."
+        return (self.kv_tokens - self.kv_idle) / self.kv_capacity if self.kv_capacity else None
 
 
 @runtime_checkable

@@ -77,7 +77,8 @@ class Places:
 
     def load(self) -> EngineLoad:
         "Blocks count whole."
-        return EngineLoad(len(self.running), len(self.waiting), self.pool.held * BLOCK, self.pool.capacity * BLOCK)
+        pool = self.pool
+        return EngineLoad(len(self.running), len(self.waiting), pool.held * BLOCK, pool.capacity * BLOCK, pool.idle * BLOCK)
 
     def end(self, task: Task, result: Result | None = None) -> None:
         "A task is complete, failed or no longer wanted."

@@ -63,6 +63,11 @@ class BlockPool:
         "Blocks that are reserved or kept."
         return self.capacity - len(self._free)
 
+    @property
+    def idle(self) -> int:
+        "Blocks that are kept and that nobody uses."
+        return len(self._idle)
+
     def new_root(self) -> int:
         "A root under which nothing is found yet."
         return next(self._numbers)

@@ -232,8 +232,7 @@ def look(server: "Serving") -> None:
     for bot in list(server.bots.by_name.values()):
         if bot.adapter is None:
             load = bot.backend.load() if isinstance(bot.backend, LoadReporter) else None
-            kv = load.kv_tokens / load.kv_capacity if load is not None and load.kv_capacity else None
-            engines.append((bot.name, bot.engine.state, bot.engine.restarts, kv))
+            engines.append((bot.name, bot.engine.state, bot.engine.restarts, load.kv_usage if load is not None else None))
     refresh(server.metrics, bool(server.ready), engines)
 
 
