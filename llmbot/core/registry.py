@@ -331,7 +331,8 @@ def remains(
     "What processes that were killed have left; the work of living ones is not among it."
     import filelock
 
-    found = [*root.glob(".trash-*"), *root.glob("*/.*.tmp")]
+    unfinished = (path for path in root.glob("*/.*") if not path.parent.name.startswith("."))  # no name of ours begins so
+    found = [*root.glob(".trash-*"), *unfinished]
     for own in {path.with_name(path.name.removesuffix(".lock") + ".lock") for path in root.glob(".partial-*")}:
         lock = filelock.FileLock(own)
         try:
