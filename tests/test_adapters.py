@@ -9,8 +9,9 @@ from typing import Any
 
 import peft
 import pytest
+import recipes
 import torch
-from rich.console import Console
+from recipes import on, train, write
 from safetensors.torch import load_file
 from tiny_bots import CORPUS, make_bot
 from transformers import AutoModelForCausalLM
@@ -18,40 +19,26 @@ from transformers import AutoModelForCausalLM
 from llmbot.core.adapters import attach_adapter, linear_layers, load_adapters, merge_bot
 from llmbot.core.bot import bot_digest, read_manifest, verify_bot
 from llmbot.core.config import ModelConfig
-from llmbot.core.config_io import load_config
 from llmbot.core.errors import BotError, ConfigError, TrainingError
 from llmbot.core.model_manager import load_bot, new_model, save_bot, train_tokenizer
 from llmbot.core.training_config import LoraConfig
 from llmbot.evaluation.evaluate import evaluate_bot
 from llmbot.serving.decoding import ask
-from llmbot.training.methods import get_method
-from llmbot.training.trainer import TrainingResult, prepare_run, run_directory, train
+from llmbot.training.trainer import TrainingResult, run_directory
 
-QUIET = Console(quiet=True)
-
-
-def write_chats(path: Path) -> Path:
-    "Twenty short exchanges."
-    rows = [
-        {"messages": [{"role": "user", "content": f"{a} {b}?"}, {"role": "assistant", "content": f"{b} {a}"}]}
-        for a in ("red", "blue", "green", "grey") for b in ("fish", "bird", "cat", "dog", "cow")
-    ]  # fmt: skip
-    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    return path
+CHATS = recipes.chats(4, (1,))
 
 
 def recipe(home: Path, base: Path, name: str, **changes: Any) -> Any:
     settings = {
-        "model.base": base, "training.method": "lora", "training.output_dir": home / name, "training.max_steps": 4,
-        "training.learning_rate": 0.02, "training.precision": "fp32", "lora.rank": 4,
-        "data.train": f"[{write_chats(home / 'chats.jsonl')}]",
-        "data.cache_dir": home / "cache", "data.max_seq_length": 64, "data.validation_split": 0.2, "monitoring.trackers": "[]",
+        "training.method": "lora", "training.output_dir": home / name, "training.max_steps": 4, "training.learning_rate": 0.02,
+        "lora.rank": 4, "data.validation_split": 0.2,
     }  # fmt: skip
-    return load_config(None, overrides=[f"{k}={v}" for k, v in (settings | changes).items()], env={})
+    return recipes.recipe(home, CHATS, **(on(base) | settings | changes))
 
 
 def tune(home: Path, base: Path, name: str, **changes: Any) -> TrainingResult:
-    return train(recipe(home, base, name, **changes), console=QUIET)
+    return train(recipe(home, base, name, **changes))
 
 
 def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
@@ -117,8 +104,7 @@ def test_chosen_layers_only(home: Path, base: Path) -> None:
 def test_only_the_adapter_moves(home: Path, base: Path, tmp_path: Path) -> None:
     before, digest = load_file(base / "model.safetensors"), bot_digest(base)
     cfg = recipe(home, base, "unused", **{"training.output_dir": tmp_path / "bot"})
-    run = prepare_run(cfg, get_method("lora"), tmp_path, False, QUIET)
-    trainer = get_method("lora").build(run)
+    run, trainer = recipes.built(cfg, tmp_path)
     start = {n: p.detach().clone() for n, p in run.model.named_parameters() if p.requires_grad}
     trainer.train()
     after = {n.removeprefix("base_model.model.").replace(".base_layer", ""): p for n, p in run.model.named_parameters()}
@@ -256,11 +242,11 @@ def test_new_tokens_are_learned_with_the_adapter(home: Path, tmp_path: Path) -> 
     [rows] = [t for n, t in stored.items() if "trainable_tokens" in n]
     assert rows.shape == (len(loaded.tokenizer) - 320, 64) == (read_manifest(result.bot).adapter["added_tokens"], 64)  # type: ignore[union-attr]
     assert sum(t.numel() for t in stored.values()) == read_manifest(result.bot).adapter["trainable_parameters"]  # type: ignore[union-attr]
-    measured = evaluate_bot(result.bot, home / "chats.jsonl", ["loss"]).metrics["loss"]
+    measured = evaluate_bot(result.bot, home / "rows.jsonl", ["loss"]).metrics["loss"]
     further = tune(home, result.bot, "grown-further", **{"training.max_steps": 1})
     assert further.metrics["validation_loss_before"] == pytest.approx(result.metrics["validation_loss"], abs=1e-4)
     assert merge_bot(result.bot, tmp_path / "whole").difference < 1e-3
-    assert evaluate_bot(tmp_path / "whole", home / "chats.jsonl", ["loss"]).metrics["loss"] == pytest.approx(measured, abs=1e-4)
+    assert evaluate_bot(tmp_path / "whole", home / "rows.jsonl", ["loss"]).metrics["loss"] == pytest.approx(measured, abs=1e-4)
 
 
 @pytest.mark.parametrize("method", ["lora", "sft"])
@@ -270,7 +256,7 @@ def test_an_adapter_bot_can_be_a_base(home: Path, skill: Path, method: str) -> N
     result = tune(home, skill, f"child-{method}", **changes | ({"lora.rank": 16} if method == "sft" else {}))
     assert result.metrics["validation_loss_before"] == pytest.approx(read_manifest(skill).metrics["validation_loss"], abs=1e-4)  # type: ignore[union-attr]
     assert read_manifest(result.bot).parent_digest == bot_digest(skill)  # type: ignore[union-attr]
-    measured = evaluate_bot(result.bot, home / "chats.jsonl", ["loss"]).metrics["loss"]
+    measured = evaluate_bot(result.bot, home / "rows.jsonl", ["loss"]).metrics["loss"]
     assert 0 < measured < 20
 
 
@@ -281,7 +267,7 @@ def test_resumed_adapter_is_bit_equal(home: Path, base: Path) -> None:
     expected = load_file(result.bot / "adapter_model.safetensors")
     shutil.rmtree(result.bot)
     shutil.rmtree(result.run_dir / "checkpoints" / "checkpoint-6")
-    resumed = train(recipe(home, base, "resumed", **changes), resume=True, console=QUIET)
+    resumed = train(recipe(home, base, "resumed", **changes), resume=True)
     found = load_file(resumed.bot / "adapter_model.safetensors")
     assert expected.keys() == found.keys()
     assert all(torch.equal(found[name], expected[name]) for name in found)
@@ -293,7 +279,7 @@ def test_resume_refuses_another_base(home: Path, tmp_path: Path) -> None:
     shutil.rmtree(result.bot)
     (changed / "generation_config.json").write_text("{}")
     with pytest.raises(TrainingError, match="not what it was when the run"):
-        train(recipe(home, changed, "based", **{"training.save_steps": 2}), resume=True, console=QUIET)
+        train(recipe(home, changed, "based", **{"training.save_steps": 2}), resume=True)
 
 
 def test_gradient_checkpointing_reaches_the_adapter(home: Path, base: Path, skill: Path) -> None:
@@ -330,7 +316,7 @@ def test_what_cannot_be_adapted_is_refused(home: Path, base: Path, changes: dict
 def test_it_is_served_and_evaluated_like_any_bot(home: Path, base: Path, skill: Path, tmp_path: Path) -> None:
     merge_bot(skill, tmp_path / "whole")
     assert ask(skill, "red fish?") == ask(tmp_path / "whole", "red fish?")
-    reports = [evaluate_bot(bot, home / "chats.jsonl", ["exact_match", "loss"]) for bot in (skill, tmp_path / "whole")]
+    reports = [evaluate_bot(bot, home / "rows.jsonl", ["exact_match", "loss"]) for bot in (skill, tmp_path / "whole")]
     assert reports[0].metrics["loss"] == pytest.approx(reports[1].metrics["loss"], abs=1e-4)
     assert [row.answer for row in reports[0].examples] == [row.answer for row in reports[1].examples]
 
@@ -346,8 +332,7 @@ class TestQuantized:
 
         kind = bitsandbytes.nn.Linear4bit if bits == "nf4" else bitsandbytes.nn.Linear8bitLt
         cfg = recipe(home, base, "unused", **{"training.output_dir": tmp_path / "bot", "model.quantization": bits})
-        run = prepare_run(cfg, get_method("lora"), tmp_path, False, QUIET)
-        trainer = get_method("lora").build(run)
+        run, trainer = recipes.built(cfg, tmp_path)
         layers = {n: m for n, m in run.model.named_modules() if isinstance(m, kind)}
         assert len(layers) == 21, "seven in each of three blocks"
         trainer.heldout_metrics(run.data.validation)  # an evaluation must not change the base either
@@ -388,7 +373,7 @@ main()
 
 
 def test_without_bitsandbytes_the_extra_is_named(base: Path, tmp_path: Path) -> None:
-    data = write_chats(tmp_path / "chats.jsonl")
+    data = write(tmp_path / "rows.jsonl", CHATS)
     command = ["train", f"model.base={base}", "model.quantization=nf4", "training.method=lora", f"data.train={data}",
                f"training.output_dir={tmp_path / 'bot'}", f"data.cache_dir={tmp_path / 'cache'}"]  # fmt: skip
     done = subprocess.run([sys.executable, "-c", BLOCK, *command], capture_output=True, text=True, timeout=120, cwd=tmp_path)
@@ -406,7 +391,7 @@ def test_merge_on_the_command_line(home: Path, skill: Path, tmp_path: Path) -> N
     def run(*arguments: str) -> Any:
         return CliRunner().invoke(app, ["merge", str(skill), "--output", str(tmp_path / "whole"), *arguments])
 
-    told = json.loads(run("--data", str(home / "chats.jsonl"), "--json").stdout)
+    told = json.loads(run("--data", str(home / "rows.jsonl"), "--json").stdout)
     assert told["difference"] < 1e-3 < told["effect"]
     assert "20 rows of" in told["rows"]
     refused = run().exception

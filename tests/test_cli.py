@@ -13,14 +13,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from recipes import ENV, LLMBOT
 from tiny_bots import make_bot
 
 from llmbot.app.cli import app, main
 from llmbot.core.bot import PICKLE_SUFFIXES
 
 Run = Callable[..., tuple[int, str, str]]  # arguments -> exit code, standard output, standard error
-LLMBOT = str(Path(sys.executable).with_name("llmbot"))
-ENV = {k: v for k, v in os.environ.items() if not k.startswith("LLMBOT_")} | {"OMP_NUM_THREADS": "1", "COLUMNS": "100"}
 CHATS = [("hello", "hi there"), ("who are you?", "a small bot"), ("bye", "see you"), ("what is red?", "a colour")]
 RECIPE = """\
 model: {preset: qwen3-0.2m, vocab_size: 300, max_position_embeddings: 128, device: cpu}

@@ -12,56 +12,34 @@ from pathlib import Path
 
 import psutil
 import pytest
+import recipes
 import shard_worker
 import torch
 import torch.distributed.checkpoint as dcp
-from rich.console import Console
+from recipes import on, saved, talk, train, write
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from llmbot.core.config_io import load_config, save_config
-from llmbot.core.errors import TrainingError
+from llmbot.core.config_io import load_config
+from llmbot.core.errors import ConfigError, TrainingError
 from llmbot.training.launch import free_port, rank_environment, run_directory
-from llmbot.training.trainer import train
 
 ROOT = Path(__file__).parents[1]
-QUIET = Console(quiet=True)
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:torch.distributed is disabled")]
 ALONE = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
 
 
-def write_chats(path: Path) -> Path:
-    "Thirty-seven conversations of very unequal lengths: no number of processes divides them evenly."
-    rows = [
-        {"messages": [{"role": "user", "content": f"count to {n}"}, {"role": "assistant", "content": " ".join(map(str, range(n)))}]}
-        for n in range(1, 38)
-    ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+# Thirty-seven conversations of very unequal lengths: no number of processes divides them evenly.
+COUNTING = [talk(f"count to {n}", " ".join(map(str, range(n)))) for n in range(1, 38)]
 
 
-def recipe(home: Path, chats: Path, **changes: object) -> Path:
+def recipe(home: Path, rows: Path, **changes: object) -> Path:
     "A recipe of two epochs and a bit, at a global batch of 8 in one process."
     settings = {
-        "model.preset": "qwen3-0.2m",
-        "model.vocab_size": 300,
-        "model.device": "cpu",
-        "training.output_dir": home / "bot",
-        "training.max_steps": 12,
-        "training.per_device_batch_size": 8,
-        "training.learning_rate": 3e-3,
-        "training.logging_steps": 1,
-        "training.precision": "fp32",
-        "training.packing": False,
-        "data.train": f"[{chats}]",
-        "data.cache_dir": home / "cache",
-        "data.max_seq_length": 128,
-        "data.validation_split": 0.2,
-        **changes,
-    }
-    home.mkdir(exist_ok=True)
-    save_config(load_config(None, overrides=[f"{k}={v}" for k, v in settings.items()], env={}), home / "recipe.yaml")
-    return home / "recipe.yaml"
+        "training.max_steps": 12, "training.per_device_batch_size": 8, "training.learning_rate": 3e-3, "training.logging_steps": 1,
+        "training.packing": False, "data.max_seq_length": 128, "data.validation_split": 0.2, "monitoring.trackers": "[tensorboard]",
+    }  # fmt: skip
+    return saved(recipes.recipe(home, rows, **(settings | changes)))
 
 
 def start(path: Path, *options: str, launcher: Sequence[str] = (), cwd: Path | None = None, **environment: str) -> "subprocess.Popen[str]":
@@ -83,10 +61,15 @@ def finished(process: "subprocess.Popen[str]", code: int = 0, within: float = 20
     return out, err
 
 
+def history(home: Path) -> list[dict[str, float]]:
+    "All that a run logged."
+    return json.loads((run_directory(home / "bot") / "history.json").read_text())
+
+
 def curve(home: Path) -> dict[str, list[float]]:
     "Losses and held-out losses, as they were logged."
-    history = json.loads((run_directory(home / "bot") / "history.json").read_text())
-    return {name: [e[name] for e in history if name in e] for name in ("loss", "eval_loss", "validation_loss", "learning_rate")}
+    names = ("loss", "eval_loss", "validation_loss", "learning_rate")
+    return {name: [e[name] for e in history(home) if name in e] for name in names}
 
 
 def largest_difference(one: Path, other: Path) -> float:
@@ -98,7 +81,7 @@ def largest_difference(one: Path, other: Path) -> float:
 
 @pytest.fixture(scope="module")
 def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_chats(tmp_path_factory.mktemp("data") / "chats.jsonl")
+    return write(tmp_path_factory.mktemp("data") / "chats.jsonl", COUNTING)
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +90,7 @@ def one(tmp_path_factory: pytest.TempPathFactory, chats: Path) -> dict[bool, Pat
     root = tmp_path_factory.mktemp("one")
     homes = {packing: root / str(packing) for packing in (False, True)}
     for packing, home in homes.items():
-        train(load_config(recipe(home, chats, **SHAPE[packing]), env={}), console=QUIET)
+        train(load_config(recipe(home, chats, **SHAPE[packing]), env={}))
     return homes
 
 
@@ -144,6 +127,41 @@ def assert_same_run(home: Path, expected: Path) -> None:
     assert largest_difference(expected, home) < 2e-5
 
 
+def test_labelled_answers_of_two_processes(tmp_path: Path) -> None:
+    "KTO: the wrong prompts of the divergence, its mean and the losses are those of the whole batch, so the curve is that of one process."
+    rows = [{"prompt": r["prompt"], "completion": r[side], "label": side == "chosen"}
+            for r in recipes.sums(5, 4) for side in ("chosen", "rejected")]  # fmt: skip
+    data = write(tmp_path / "labelled.jsonl", rows)
+    changes = {"training.method": "kto", "data.validation_split": 0.2, "method.beta": 0.5}
+    alone, two = (recipe(tmp_path / name, data, **changes, **more) for name, more in (("one", {}), ("two", SHARE[False])))
+    train(load_config(alone, env={}))
+    finished(start(two))
+    assert_same_run(tmp_path / "two", tmp_path / "one")
+    names = ("rewards/chosen", "rewards/rejected", "rewards/margins", "kl", "logps/chosen")
+    one, other = ([[e[name] for name in names] for e in history(tmp_path / home) if "loss" in e] for home in ("one", "two"))
+    assert max(row[3] for row in one) > 1e-3, "the divergence counts"
+    for a, b in zip(one, other, strict=True):
+        assert b == pytest.approx(a, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("method", "strategy", "message"),
+    [("grpo", "auto", "'grpo' trains in one process"), ("kto", "fsdp", "'kto' trains with 'ddp' alone")],
+)
+def test_what_several_processes_cannot_learn_together(
+    tmp_path: Path, method: str, strategy: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    "Refused before data or weights are read, in every process."
+    data = write(tmp_path / "rows.jsonl", [{"prompt": "1 + 1", "answer": "2"}])
+    changes = {"training.method": method, "training.strategy": strategy, **on(tmp_path)}
+    changes |= {"method.reward": "llmbot.monitoring.rewards:exact_answer"} if method == "grpo" else {}
+    cfg = load_config(recipe(tmp_path / "two", data, **changes), env={})
+    for name, value in rank_environment(1, 2, free_port()).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=message):
+        train(cfg)
+
+
 def the_shards_are_the_bots_weights(home: Path) -> None:
     "The last FSDP2 checkpoint of a run of two processes, read here in one, holds the weights of the bot."
     (parts,) = (run_directory(home / "bot") / "checkpoints").glob("checkpoint-12/pytorch_model_fsdp_0")
@@ -157,7 +175,7 @@ def the_shards_are_the_bots_weights(home: Path) -> None:
 
 def test_the_comparison_can_fail(tmp_path: Path, chats: Path, one: dict[bool, Path]) -> None:
     "Another order of rows is seen in the curve and in the weights."
-    train(load_config(recipe(tmp_path / "other", chats, **SHAPE[False], **{"training.seed": 7}), env={}), console=QUIET)
+    train(load_config(recipe(tmp_path / "other", chats, **SHAPE[False], **{"training.seed": 7}), env={}))
     assert curve(tmp_path / "other")["loss"] != pytest.approx(curve(one[False])["loss"], abs=1e-3)
     assert largest_difference(one[False], tmp_path / "other") > 1e-3
 
@@ -241,8 +259,8 @@ def one_process_takes_it_over(path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     "Go on in one process with a run of two: refused with other rows in a step, and the same run with the same."
     monkeypatch.syspath_prepend(path.parent)
     with pytest.raises(TrainingError, match="8 rows"):
-        train(load_config(path, env={}), resume=True, console=QUIET)
-    train(load_config(path, overrides=["training.per_device_batch_size=8"], env={}), resume=True, console=QUIET)
+        train(load_config(path, env={}), resume=True)
+    train(load_config(path, overrides=["training.per_device_batch_size=8"], env={}), resume=True)
 
 
 def test_a_strategy_that_was_dropped_is_told(tmp_path: Path, chats: Path) -> None:

@@ -1,67 +1,39 @@
 """Settings of speed and of the weights that a bot gets, each against an oracle of its own."""
 
-import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import recipes
 import torch
 from accelerate.data_loader import BatchSamplerShard
-from rich.console import Console
+from recipes import train
 from safetensors.torch import load_file
 from torch.utils.data import BatchSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from llmbot.core.batching import LengthGroupedRows
 from llmbot.core.config import Config
-from llmbot.core.config_io import load_config
 from llmbot.core.errors import ConfigError
 from llmbot.core.losses import chunk_loss
 from llmbot.core.packing import Collator
 from llmbot.training import methods
 from llmbot.training.bot_trainer import BotTrainer, Pace
 from llmbot.training.checkpoints import latest_checkpoint
-from llmbot.training.methods import get_method, register_method, training_arguments
-from llmbot.training.trainer import TrainingResult, prepare_run, run_directory, train
+from llmbot.training.methods import register_method, training_arguments
+from llmbot.training.trainer import TrainingResult, run_directory
 
-QUIET = Console(quiet=True)
 Weights = dict[str, torch.Tensor]
-
-
-def write_chats(path: Path) -> Path:
-    "Eighty conversations in lengths that vary."
-    rows = [
-        {"messages": [{"role": "user", "content": f"{a} {b}"}, {"role": "assistant", "content": f"{b} {a} " * (1 + n * n)}]}
-        for a in ("red", "blue", "green", "grey") for b in ("fish", "bird", "cat", "dog", "cow") for n in range(4)
-    ]  # fmt: skip
-    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    return path
-
-
-def recipe(tmp: Path, **changes: object) -> Config:
-    settings = {
-        "model.preset": "qwen3-0.2m",
-        "model.vocab_size": 300,
-        "training.method": "sft",
-        "training.output_dir": tmp / "bot",
-        "training.max_steps": 8,
-        "training.learning_rate": 3e-3,
-        "training.precision": "fp32",
-        "training.logging_steps": 1,
-        "data.train": f"[{write_chats(tmp / 'chats.jsonl')}]",
-        "data.cache_dir": tmp / "cache",
-        "data.max_seq_length": 96,
-        **changes,
-    }
-    return load_config(None, overrides=[f"{k}={v}" for k, v in settings.items()], env={})
+recipe = partial(recipes.recipe, rows=recipes.chats(4, (1, 2, 5, 8)), **{
+    "training.max_steps": 8, "training.learning_rate": 3e-3, "training.logging_steps": 1, "data.max_seq_length": 96,
+})  # fmt: skip
 
 
 def make_trainer(cfg: Config, home: Path) -> BotTrainer:
     "The trainer of a recipe, before training."
-    home.mkdir(exist_ok=True)
-    method = get_method(cfg.training.method)
-    trainer = method.build(prepare_run(cfg, method, home, False, QUIET))
+    _, trainer = recipes.built(cfg, home)
     assert isinstance(trainer, BotTrainer)
     trainer.model.config.use_cache = False
     return trainer
@@ -88,7 +60,7 @@ class Recorder(TrainerCallback):
 def interrupted(cfg: Config, at: int) -> TrainingResult:
     "The run of `cfg`, stopped and thrown away after the checkpoint of step `at`, and resumed."
     run_dir = run_directory(cfg.training.output_dir)
-    whole = train(cfg, console=QUIET)
+    whole = train(cfg)
     for checkpoint in (run_dir / "checkpoints").iterdir():
         if int(checkpoint.name.rsplit("-", 1)[1]) > at:
             shutil.rmtree(checkpoint)
@@ -96,13 +68,13 @@ def interrupted(cfg: Config, at: int) -> TrainingResult:
     found = latest_checkpoint(run_dir / "checkpoints")
     assert found
     assert found.name == f"checkpoint-{at}"
-    return train(cfg, resume=True, console=QUIET)
+    return train(cfg, resume=True)
 
 
 def test_frozen_weights_stay_bit_equal(tmp_path: Path) -> None:
     cfg = recipe(tmp_path, **{"training.freeze": "['*embed_tokens*', model.layers.0.*]"})
     before = {n: p.detach().clone() for n, p in make_trainer(cfg, tmp_path / "start").model.named_parameters()}
-    after = weights_of(train(cfg, console=QUIET))
+    after = weights_of(train(cfg))
     same = {name for name in before if torch.equal(before[name], after[name])}
     assert same == {name for name in before if "embed_tokens" in name or name.startswith("model.layers.0.")}
 
@@ -112,7 +84,7 @@ def test_frozen_weights_stay_bit_equal(tmp_path: Path) -> None:
 )
 def test_freeze_refuses(tmp_path: Path, patterns: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        train(recipe(tmp_path, **{"training.freeze": patterns}), console=QUIET)
+        train(recipe(tmp_path, **{"training.freeze": patterns}))
 
 
 def test_average_is_the_formula(tmp_path: Path) -> None:
@@ -133,15 +105,14 @@ def test_average_is_the_formula(tmp_path: Path) -> None:
 def test_average_survives_a_resume(tmp_path: Path) -> None:
     "Bit-equal to the run that was not interrupted; and a checkpoint that lost its average is passed over."
     changes = {"training.ema_decay": 0.7, "training.save_steps": 3, "training.save_total_limit": 9}
-    (tmp_path / "whole").mkdir()
-    whole = train(recipe(tmp_path / "whole", **changes), console=QUIET)
+    whole = train(recipe(tmp_path / "whole", **changes))
     resumed = interrupted(recipe(tmp_path, **changes), at=3)
     assert equal(weights_of(whole), weights_of(resumed))
     [missing] = (resumed.run_dir / "checkpoints").glob("checkpoint-6/average.safetensors")
     missing.unlink()
     shutil.rmtree(resumed.bot)
     shutil.rmtree(resumed.run_dir / "checkpoints" / "checkpoint-8")
-    again = train(recipe(tmp_path, **changes), resume=True, console=QUIET)
+    again = train(recipe(tmp_path, **changes), resume=True)
     assert (again.run_dir / "checkpoints" / "damaged-checkpoint-6").is_dir()
     assert equal(weights_of(whole), weights_of(again))
 
@@ -151,7 +122,7 @@ EVALUATED = {"training.eval_steps": 2, "data.validation_split": 0.3}
 
 def test_evaluation_sees_the_average(tmp_path: Path) -> None:
     "The last evaluation on the way is that of the finished bot."
-    result = train(recipe(tmp_path, **EVALUATED, **{"training.ema_decay": 0.5}), console=QUIET)
+    result = train(recipe(tmp_path, **EVALUATED, **{"training.ema_decay": 0.5}))
     losses = [e["eval_loss"] for e in result.history if "eval_loss" in e]
     assert losses[-1] == pytest.approx(result.metrics["validation_loss"], abs=1e-6)
 
@@ -163,20 +134,19 @@ DIVERGING = {**EVALUATED, "training.max_steps": 4, "training.lr_scheduler_type":
 def test_bot_gets_the_best_evaluation(tmp_path: Path) -> None:
     "With a rate that climbs out of the valley again, and checkpoints that are long rotated away."
     cfg = recipe(tmp_path, **DIVERGING, **{"training.keep_best": True, "training.save_steps": 1, "training.save_total_limit": 1})
-    result = train(cfg, console=QUIET)
+    result = train(cfg)
     losses = {e["step"]: e["eval_loss"] for e in result.history if "eval_loss" in e}
     best = min(losses, key=lambda step: losses[step])
     assert best < max(losses), "the oracle wants a run whose last evaluation is not its best"
     assert result.metrics["validation_loss"] == pytest.approx(losses[best], abs=1e-6)
-    (tmp_path / "short").mkdir()
-    short = train(recipe(tmp_path / "short", **(DIVERGING | {"training.max_steps": best})), console=QUIET)
+    short = train(recipe(tmp_path / "short", **(DIVERGING | {"training.max_steps": best})))
     assert equal(weights_of(result), weights_of(short)), "a run that ends at the best step has the same weights"
 
 
 def test_best_counts_the_last_weights_too(tmp_path: Path) -> None:
     "A run that only gets better, and ends between two evaluations."
     cfg = recipe(tmp_path, **EVALUATED, **{"training.keep_best": True, "training.max_steps": 5})
-    result = train(cfg, console=QUIET)
+    result = train(cfg)
     steps = [e["step"] for e in result.history if "eval_loss" in e]
     assert steps == [2, 4, 5]
     assert result.metrics["validation_loss"] == min(e["eval_loss"] for e in result.history if "eval_loss" in e)
@@ -186,7 +156,7 @@ def test_best_counts_the_last_weights_too(tmp_path: Path) -> None:
 def test_stops_early(tmp_path: Path, patience: int) -> None:
     "After as many evaluations without a new best as the recipe says, counted here by hand."
     cfg = recipe(tmp_path, **(DIVERGING | {"training.early_stopping_patience": patience, "training.max_steps": 60}))
-    result = train(cfg, console=QUIET)
+    result = train(cfg)
     losses = [e["eval_loss"] for e in result.history if "eval_loss" in e]
     best, bad = float("inf"), 0
     for i, loss in enumerate(losses):
@@ -198,8 +168,7 @@ def test_stops_early(tmp_path: Path, patience: int) -> None:
 def test_patience_survives_a_resume(tmp_path: Path) -> None:
     changes = {**DIVERGING, "training.early_stopping_patience": 2, "training.max_steps": 60, "training.save_steps": 1,
                "training.save_total_limit": 99}  # fmt: skip
-    (tmp_path / "whole").mkdir()
-    whole = train(recipe(tmp_path / "whole", **changes), console=QUIET)
+    whole = train(recipe(tmp_path / "whole", **changes))
     resumed = interrupted(recipe(tmp_path, **changes), at=whole.steps - 1)
     assert resumed.steps == whole.steps
     assert equal(weights_of(whole), weights_of(resumed))
@@ -290,14 +259,13 @@ UNPACKED = {"training.packing": False, "training.num_train_epochs": 2, "training
 )  # fmt: skip
 def test_resume_in_the_middle_of_an_epoch(tmp_path: Path, setting: dict[str, Any]) -> None:
     "Bit-equal, in the second epoch, with two micro-batches a step."
-    (tmp_path / "whole").mkdir()
-    whole = train(recipe(tmp_path / "whole", **(UNPACKED | setting)), console=QUIET)
+    whole = train(recipe(tmp_path / "whole", **(UNPACKED | setting)))
     per_epoch = whole.steps // 2
     assert whole.steps == 2 * per_epoch >= 4
     resumed = interrupted(recipe(tmp_path, **(UNPACKED | setting)), at=per_epoch + 1)
     assert resumed.steps == whole.steps
     assert equal(weights_of(whole), weights_of(resumed))
-    losses = [[e["loss"] for e in r.history if "loss" in e] for r in (whole, resumed)]
+    losses = [recipes.losses(r) for r in (whole, resumed)]
     assert losses[0] == losses[1]
 
 
@@ -343,7 +311,8 @@ def test_groups_of_like_length_in_the_trainer(tmp_path: Path) -> None:
 
 def test_groups_of_like_length_for_several_processes(tmp_path: Path) -> None:
     "What two processes take is, step by step, what one takes at the same global batch."
-    cfg = recipe(tmp_path, **{"training.packing": False, "training.group_by_length": True, "training.per_device_batch_size": 4})
+    cfg = recipe(tmp_path, **{"training.packing": False, "training.group_by_length": True, "training.per_device_batch_size": 4,
+                              "data.validation_split": 0})  # rows that fill all batches
     trainer = make_trainer(cfg, tmp_path / "run")
     assert isinstance(trainer.rows, LengthGroupedRows)
     trainer.rows.set_epoch(3)
@@ -367,12 +336,12 @@ def test_token_batches_keep_an_order(tmp_path: Path, order: str) -> None:
 
 def test_budget_below_a_row_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="longest row alone"):
-        train(recipe(tmp_path, **{"training.packing": False, "training.max_tokens_per_batch": 20}), console=QUIET)
+        train(recipe(tmp_path, **{"training.packing": False, "training.max_tokens_per_batch": 20}))
 
 
 def test_liger_needs_a_gpu(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="run on CUDA"):
-        train(recipe(tmp_path, **{"training.fused_loss": "liger", "model.device": "cpu"}), console=QUIET)
+        train(recipe(tmp_path, **{"training.fused_loss": "liger", "model.device": "cpu"}))
 
 
 def test_chunked_loss_learns_the_same(tmp_path: Path) -> None:
@@ -410,7 +379,7 @@ class Plain:
 def test_a_setting_that_a_trainer_does_not_know_is_refused(tmp_path: Path, setting: dict[str, Any]) -> None:
     name = next(iter(setting)).removeprefix("training.")
     with pytest.raises(ConfigError, match=f"{name} does nothing for 'plain'"):
-        train(recipe(tmp_path, **{"training.method": "plain"}, **setting), console=QUIET)
+        train(recipe(tmp_path, **{"training.method": "plain"}, **setting))
 
 
 def test_compiled_model_learns_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -419,11 +388,10 @@ def test_compiled_model_learns_the_same(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(methods, "efficiency_arguments", lambda cfg: arguments(cfg) | backends[cfg.training.torch_compile])
     losses = []
     for compiled in (False, True):
-        (home := tmp_path / str(compiled)).mkdir()
         changes = {"training.torch_compile": compiled, "training.max_steps": 2, "training.packing": False}
         torch._dynamo.utils.counters.clear()
-        result = train(recipe(home, **changes), console=QUIET)
-        losses.append([e["loss"] for e in result.history if "loss" in e])
+        result = train(recipe(tmp_path / str(compiled), **changes))
+        losses.append(recipes.losses(result))
         assert not any("_orig_mod" in name for name in weights_of(result))
         assert (torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0) == compiled
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)

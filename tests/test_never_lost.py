@@ -1,6 +1,7 @@
 """Runs that are killed at random moments, also while they write, end with the bits of a run that nothing happened to."""
 
 import json
+import multiprocessing.forkserver
 import os
 import random
 import shutil
@@ -8,15 +9,17 @@ import signal
 import subprocess
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
+import recipes
 import torch
+from recipes import losses, on, saved, talk, train, watched, write
 from rich.console import Console
 from safetensors.torch import load_file
 
 from llmbot.core.config import Config
-from llmbot.core.config_io import load_config, save_config
 from llmbot.core.errors import TrainingError
 from llmbot.training.bot_trainer import BotTrainer
 from llmbot.training.checkpoints import STAGING, checkpoint_fault, checkpoints_in
@@ -31,37 +34,27 @@ from llmbot.training.self_test import (
     to_the_end,
     train_child,
 )
-from llmbot.training.trainer import run_directory, train
+from llmbot.training.trainer import run_directory
 
-QUIET = Console(quiet=True)
-
-
-def write_chats(path: Path) -> Path:
-    "Sixty conversations in varied lengths."
-    rows = [
-        {"messages": [{"role": "user", "content": f"{a} {b}" + "?" * n}, {"role": "assistant", "content": f"{b} {a}" * (n + 1)}]}
-        for a in ("red", "blue", "green", "grey") for b in ("fish", "bird", "cat", "dog", "cow") for n in range(3)
-    ]  # fmt: skip
-    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    return path
+recipe = partial(recipes.recipe, **{
+    "training.max_steps": 9, "training.save_steps": 1, "training.logging_steps": 2, "training.per_device_batch_size": 4,
+    "training.packing": False, "data.validation_split": 0, "data.max_seq_length": 48, "monitoring.trackers": "[tensorboard]",
+})  # fmt: skip
 
 
-def recipe(home: Path, **changes: object) -> Config:
-    home.mkdir(exist_ok=True)
-    settings = {
-        "model.preset": "qwen3-0.2m", "model.vocab_size": 300, "model.device": "cpu", "training.method": "sft",
-        "training.output_dir": home / "bot", "training.max_steps": 9, "training.save_steps": 1, "training.logging_steps": 2,
-        "training.per_device_batch_size": 4, "training.precision": "fp32", "training.packing": False, "data.validation_split": 0,
-        "data.train": f"[{write_chats(home / 'chats.jsonl')}]", "data.cache_dir": home / "cache", "data.max_seq_length": 48, **changes,
-    }  # fmt: skip
-    return load_config(None, overrides=[f"{k}={v}" for k, v in settings.items()], env={})
+@pytest.fixture(scope="module", autouse=True)
+def _server() -> None:
+    "The process that forks all runs has everything loaded that some run needs."
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", f"{Path(__file__).parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+        multiprocessing.get_context("forkserver").set_forkserver_preload(["preloaded"])
+        multiprocessing.forkserver.ensure_running()
 
 
 def written(home: Path, **changes: object) -> tuple[Path, Config]:
     "A recipe's file and its config."
     cfg = recipe(home, **changes)
-    save_config(cfg, home / "recipe.yaml")
-    return home / "recipe.yaml", cfg
+    return saved(cfg), cfg
 
 
 RECIPES: dict[str, dict[str, object]] = {
@@ -77,7 +70,7 @@ RECIPES: dict[str, dict[str, object]] = {
 }
 
 
-def write_rows(path: Path, method: str) -> Path:
+def rows_for(method: str) -> list[dict[str, object]]:
     "Sums as pairs, as labelled answers, or as questions with a reference."
     made: list[dict[str, object]] = []
     for a in range(8):
@@ -89,14 +82,13 @@ def write_rows(path: Path, method: str) -> Path:
                 made += [{"prompt": ask, "completion": text, "label": good} for text, good in ((right, True), (wrong, False))]
             else:
                 made.append({"prompt": ask, "answer": right})
-    path.write_text("".join(json.dumps(row) + "\n" for row in made))
-    return path
+    return made
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     "A bot for the methods that start from one."
-    return train(recipe(tmp_path_factory.mktemp("base"), **{"training.max_steps": 2}), console=QUIET).bot
+    return train(recipe(tmp_path_factory.mktemp("base"), **{"training.max_steps": 2})).bot
 
 
 @pytest.mark.slow
@@ -105,9 +97,9 @@ def test_killed_at_ten_random_moments_is_bit_equal(tmp_path: Path, base: Path, n
     "One run in peace, one killed ten times and resumed each time: equal weights, equal losses."
     changes = RECIPES[name]
     if name in ("lora", "dpo", "kto", "grpo"):
-        changes = changes | {"model.base": base, "model.preset": "null", "model.vocab_size": 4096}
+        changes = changes | on(base)
     if name in ("dpo", "kto", "grpo"):
-        changes = changes | {"data.train": f"[{write_rows(tmp_path / 'rows.jsonl', name)}]"}
+        changes = changes | {"rows": rows_for(name)}
     whole, cfg = written(tmp_path / "whole", **changes)
     killed, other = written(tmp_path / "killed", **changes)
     (process := start_child(whole, ready)).join()
@@ -155,9 +147,9 @@ def test_killed_while_it_writes_is_bit_equal(tmp_path: Path) -> None:
 
 def test_damaged_checkpoints_are_passed_over_and_said(tmp_path: Path) -> None:
     "A flipped bit, a missing file: the run goes on from the newest whole checkpoint, and ends as if nothing had been."
-    whole = train(recipe(tmp_path / "whole"), console=QUIET)
+    whole = train(recipe(tmp_path / "whole"))
     cfg = recipe(tmp_path / "hurt", **{"training.save_total_limit": 9})
-    hurt = train(cfg, console=QUIET)
+    hurt = train(cfg)
     shutil.rmtree(hurt.bot)
     nine, eight, *_ = checkpoints_in(hurt.run_dir / "checkpoints")
     weights = bytearray((nine / "model.safetensors").read_bytes())
@@ -178,23 +170,20 @@ def test_a_signal_ends_the_step_and_saves(tmp_path: Path, number: int, error: ty
     "From Python: the exception that one expects, handlers as before, and a run that goes on to the same bits."
     from transformers import TrainerCallback
 
-    from llmbot.training import trainer as orchestrator
-
     class Sender(TrainerCallback):
         def on_step_begin(self, args: object, state: object, control: object, **kwargs: object) -> None:
             if state.global_step == 4:  # type: ignore[attr-defined]
                 os.kill(os.getpid(), number)
 
-    whole = train(recipe(tmp_path / "whole", **{"training.save_steps": 100}), console=QUIET)
+    whole = train(recipe(tmp_path / "whole", **{"training.save_steps": 100}))
     cfg, before = recipe(tmp_path / "stopped", **{"training.save_steps": 100}), signal.getsignal(number)
-    make = orchestrator.make_callbacks
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(orchestrator, "make_callbacks", lambda *a: (lambda t, c: (t, [*c, Sender()]))(*make(*a)))
+        watched(patch, Sender())
         with pytest.raises(error):
-            train(cfg, console=QUIET)
+            train(cfg)
     assert signal.getsignal(number) is before
     assert [p.name for p in checkpoints_in(run_directory(cfg.training.output_dir) / "checkpoints")] == ["checkpoint-5"]
-    resumed = train(cfg, resume=True, console=QUIET)
+    resumed = train(cfg, resume=True)
     assert list(differences(whole.bot, resumed.bot)) == []
 
 
@@ -221,13 +210,13 @@ def test_control_from_another_thread(tmp_path: Path) -> None:
     thread = threading.Thread(target=steer)
     thread.start()
     with pytest.raises(TrainingStopped, match="--resume"):
-        train(cfg, control=control, console=QUIET)
+        train(cfg, control=control)
     thread.join()
     assert isinstance(seen["answer"], str)
     assert seen["step"] == seen["held"], "no step while paused"
     step = control.step
     result = train(recipe(tmp_path, **{"training.max_steps": step + 2, "training.lr_scheduler_type": "constant", "training.warmup_steps": 0,
-                                       "training.save_steps": 100000, "training.logging_steps": 1}), resume=True, console=QUIET)
+                                       "training.save_steps": 100000, "training.logging_steps": 1}), resume=True)
     rates = {e["step"]: e["learning_rate"] for e in result.history if "learning_rate" in e}
     assert rates[seen["held"]] > 1e-4
     assert rates[seen["held"] + 2] == pytest.approx(1e-5)
@@ -237,7 +226,7 @@ def test_control_from_another_thread(tmp_path: Path) -> None:
 def test_finish_writes_the_bot(tmp_path: Path) -> None:
     control = TrainingControl()
     control.finish()
-    result = train(recipe(tmp_path), control=control, console=QUIET)
+    result = train(recipe(tmp_path), control=control)
     assert result.steps == 1
     assert (result.bot / "config.json").is_file()
 
@@ -271,8 +260,6 @@ def test_directory_removed_while_training(tmp_path: Path) -> None:
     "The weights in memory are good, so the run goes on, and says what happened; it can be resumed as well."
     from transformers import TrainerCallback
 
-    from llmbot.training import trainer as orchestrator
-
     cfg = recipe(tmp_path)
     run_dir = run_directory(cfg.training.output_dir)
 
@@ -281,46 +268,45 @@ def test_directory_removed_while_training(tmp_path: Path) -> None:
             if state.global_step == 5:  # type: ignore[attr-defined]
                 shutil.rmtree(run_dir)
 
-    make, said = orchestrator.make_callbacks, Console(record=True, width=300, file=open(os.devnull, "w"))  # noqa: SIM115
+    said = Console(record=True, width=300, file=open(os.devnull, "w"))  # noqa: SIM115
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(orchestrator, "make_callbacks", lambda *a: (lambda t, c: (t, [*c, Remover()]))(*make(*a)))
+        watched(patch, Remover())
         first = train(cfg, console=said)
     assert "was removed while training" in said.export_text()
     shutil.rmtree(first.bot)
-    assert train(cfg, resume=True, console=QUIET).steps == 9
+    assert train(cfg, resume=True).steps == 9
 
 
 def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
     cfg = recipe(tmp_path, **{"data.streaming": True, "training.max_steps": 2})
-    first = train(cfg, console=QUIET)
+    first = train(cfg)
     shutil.rmtree(first.bot)
     kept = first.run_dir / "tokenizer" / "tokenizer.json"
     kept.write_text(json.dumps(json.loads(kept.read_text()) | {"normalizer": {"type": "Lowercase"}}))
     with pytest.raises(TrainingError, match="tokenizer, or its chat template, changed"):
-        train(cfg, resume=True, console=QUIET)
+        train(cfg, resume=True)
 
 
 def test_a_streams_changed_file_is_refused(tmp_path: Path) -> None:
     cfg = recipe(tmp_path, **{"data.streaming": True, "training.max_steps": 2})
-    first = train(cfg, console=QUIET)
+    first = train(cfg)
     shutil.rmtree(first.bot)
-    with (tmp_path / "chats.jsonl").open("a") as file:
-        file.write('{"messages": [{"role": "user", "content": "new"}, {"role": "assistant", "content": "row"}]}\n')
+    write(tmp_path / "rows.jsonl", [*recipes.chats(), talk("new", "row")])
     with pytest.raises(TrainingError, match="changed"):
-        train(cfg, resume=True, console=QUIET)
+        train(cfg, resume=True)
 
 
 def test_halved_batch_goes_on_at_the_same_global_batch(tmp_path: Path) -> None:
     "The same rows in each step, so the same losses but for rounding."
-    whole = train(recipe(tmp_path / "whole", **{"training.logging_steps": 1}), console=QUIET)
+    whole = train(recipe(tmp_path / "whole", **{"training.logging_steps": 1}))
     cfg = recipe(tmp_path / "half", **{"training.logging_steps": 1, "training.save_total_limit": 9})
-    first = train(cfg, console=QUIET)
+    first = train(cfg)
     shutil.rmtree(first.bot)
     for path in checkpoints_in(first.run_dir / "checkpoints")[:5]:
         shutil.rmtree(path)
     halved = {"training.logging_steps": 1, "training.per_device_batch_size": 2, "training.gradient_accumulation_steps": 2}
-    resumed = train(recipe(tmp_path / "half", **halved, **{"training.save_total_limit": 9}), resume=True, console=QUIET)
-    both = [[e["loss"] for e in r.history if "loss" in e] for r in (whole, resumed)]
+    resumed = train(recipe(tmp_path / "half", **halved, **{"training.save_total_limit": 9}), resume=True)
+    both = [losses(r) for r in (whole, resumed)]
     assert both[0] == pytest.approx(both[1], abs=1e-4)
     assert len(both[0]) == 9
 
@@ -386,7 +372,7 @@ def test_a_run_that_diverges_stops_with_a_diagnosis(tmp_path: Path) -> None:
     wild = {"training.learning_rate": 1e4, "training.max_grad_norm": 0, "training.optimizer": "sgd", "training.max_steps": 60}
     cfg = recipe(tmp_path, **wild, **{"training.warmup_steps": 0})
     with pytest.raises(TrainingError, match=r"Stopped at step \d+: the loss") as caught:
-        train(cfg, console=QUIET)
+        train(cfg)
     run_dir = run_directory(cfg.training.output_dir)
     [path] = run_dir.glob("diverged-at-step-*.json")
     assert str(path) in str(caught.value)
@@ -414,15 +400,15 @@ def starve(patch: pytest.MonkeyPatch, fits: int) -> None:
 def test_too_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     "With auto_batch_size the same losses and weights but for rounding; without it, figures and three ways out."
     changes = {"training.logging_steps": 1, "training.gradient_accumulation_steps": 2, "training.max_steps": 5}
-    whole = train(recipe(tmp_path / "whole", **changes), console=QUIET)
+    whole = train(recipe(tmp_path / "whole", **changes))
     starve(monkeypatch, fits=1)
-    less = train(recipe(tmp_path / "less", **changes, **{"training.auto_batch_size": True}), console=QUIET)
-    both = [[e["loss"] for e in r.history if "loss" in e] for r in (whole, less)]
+    less = train(recipe(tmp_path / "less", **changes, **{"training.auto_batch_size": True}))
+    both = [losses(r) for r in (whole, less)]
     assert both[0] == pytest.approx(both[1], abs=1e-4)
     left, right = (load_file(r.bot / "model.safetensors") for r in (whole, less))
     for name in left:
         torch.testing.assert_close(left[name], right[name], atol=2e-3, rtol=0)
     with pytest.raises(TrainingError, match="Out of memory at step 1, with 4 rows") as caught:
-        train(recipe(tmp_path / "off", **changes), console=QUIET)
+        train(recipe(tmp_path / "off", **changes))
     assert str(caught.value).count("MiB less") == 3
     assert "training.per_device_batch_size=2" in str(caught.value)

@@ -1,7 +1,6 @@
 """A training method of one's own, by MODULE:CLASS: from a terminal, with its settings checked, stopped and resumed."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -10,16 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
+from recipes import ENV, LLMBOT, losses, talk, train, write
 from safetensors.torch import load_file
 
 from llmbot.core.config_io import load_config
 from llmbot.core.errors import ConfigError
 from llmbot.core.settings import InvalidConfigError
-from llmbot.training.trainer import TrainingResult, train
+from llmbot.training.trainer import TrainingResult
 
-LLMBOT = str(Path(sys.executable).with_name("llmbot"))
-ENV = {k: v for k, v in os.environ.items() if not k.startswith("LLMBOT_")} | {"OMP_NUM_THREADS": "1", "COLUMNS": "100"}
 METHOD = '''\
 from typing import Literal
 
@@ -85,8 +82,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "broken.py").write_text("import json\n\nraise RuntimeError('out of order')\n")
     (tmp_path / "unlucky.py").write_text("import no_such_package\n")
     (tmp_path / "recipe.yaml").write_text(RECIPE)
-    rows = [[{"role": "user", "content": f"what is {n}?"}, {"role": "assistant", "content": f"{n} is {n}"}] for n in range(24)]
-    (tmp_path / "chats.jsonl").write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    write(tmp_path / "chats.jsonl", [talk(f"what is {n}?", f"{n} is {n}") for n in range(24)])
     monkeypatch.chdir(tmp_path)
     for name in ("smooth", "broken", "unlucky"):
         sys.modules.pop(name, None)
@@ -95,11 +91,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def run(home: Path, *overrides: str, resume: bool = False) -> TrainingResult:
     "Train in this process."
-    return train(load_config(home / "recipe.yaml", list(overrides), env={}), resume=resume, console=Console(quiet=True))
-
-
-def losses(result: TrainingResult) -> list[float]:
-    return [entry["loss"] for entry in result.history if "loss" in entry]
+    return train(load_config(home / "recipe.yaml", list(overrides), env={}), resume=resume)
 
 
 @pytest.mark.parametrize(("override", "words"), [

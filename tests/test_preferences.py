@@ -2,71 +2,33 @@
 
 import copy
 import io
-import json
 import math
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import recipes
 import torch
+from recipes import built, losses, on, sums, talk, train, watched, write
 from rich.console import Console
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-import llmbot.training.trainer as trainer_module
 from llmbot.core.chat import ChatFormat, attach_chat_template
 from llmbot.core.config import Config, DataConfig
-from llmbot.core.config_io import load_config
 from llmbot.core.data_processor import prepare_data
 from llmbot.core.errors import LLMBotError
 from llmbot.core.model_manager import load_bot
 from llmbot.monitoring.experiment_tracker import TrackerGroup
-from llmbot.training.methods import get_method
 from llmbot.training.preference_trainer import PreferenceTrainer, pair_metrics
-from llmbot.training.trainer import prepare_run, train
 
-QUIET = Console(quiet=True)
-
-
-def sums() -> list[dict[str, str]]:
-    "Pairs of answers to sums: terse is better than talkative."
-    return [{"prompt": f"What is {i} + {j}?", "chosen": f"{i + j}", "rejected": f"Well, I think it is {i + j}."}
-            for i in range(12) for j in range(8)]  # fmt: skip
-
-
-def write(path: Path, rows: list[Any]) -> Path:
-    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    return path
-
-
-def recipe(tmp: Path, rows: list[Any] | None = None, **changes: object) -> Config:
-    settings = {
-        "model.preset": "qwen3-0.2m",
-        "model.vocab_size": 300,
-        "training.method": "dpo",
-        "training.output_dir": tmp / "bot",
-        "training.max_steps": 6,
-        "training.precision": "fp32",
-        "training.learning_rate": 1e-3,
-        "training.logging_steps": 2,
-        "data.train": f"[{write(tmp / 'pairs.jsonl', sums() if rows is None else rows)}]",
-        "data.validation_split": 0.2,
-        "data.cache_dir": tmp / "cache",
-        "data.max_seq_length": 128,
-        "monitoring.trackers": "[]",
-        **changes,
-    }
-    return load_config(None, overrides=[f"{k}={v}" for k, v in settings.items()], env={})
-
-
-def built(cfg: Config, tmp: Path) -> Any:
-    "The run and its trainer, not yet trained."
-    tmp.mkdir(parents=True, exist_ok=True)
-    method = get_method(cfg.training.method)
-    run = prepare_run(cfg, method, tmp, False, QUIET)
-    return run, method.build(run)
+recipe = partial(recipes.recipe, rows=sums(), **{
+    "training.method": "dpo", "training.max_steps": 6, "training.learning_rate": 1e-3, "training.logging_steps": 2,
+    "data.validation_split": 0.2, "data.max_seq_length": 128,
+})  # fmt: skip
 
 
 def disturb(model: torch.nn.Module, seed: int = 0) -> None:
@@ -147,7 +109,7 @@ def test_every_reference_gives_the_same_losses(tmp_path: Path, reference: str) -
     cfg = recipe(tmp_path, **{"method.reference": reference, "data.validation_split": 0, "training.logging_steps": 1})
     run, trainer = built(cfg, tmp_path / "bare")
     policy, frozen = copy.deepcopy(run.model), copy.deepcopy(run.model)
-    losses, optimizer = [], torch.optim.AdamW(policy.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0)
+    bare, optimizer = [], torch.optim.AdamW(policy.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0)
 
     def logps(model: torch.nn.Module, prompt: list[int], answer: list[int]) -> torch.Tensor:
         logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
@@ -166,9 +128,9 @@ def test_every_reference_gives_the_same_losses(tmp_path: Path, reference: str) -
         optimizer.zero_grad()
         trainer.optimizer.step()  # without gradients: moves nothing, and lets the schedule go on
         trainer.lr_scheduler.step()
-        losses.append(loss.item())
-    result = train(cfg, console=QUIET)
-    assert [e["loss"] for e in result.history if "loss" in e] == pytest.approx(losses, abs=1e-4)
+        bare.append(loss.item())
+    result = train(cfg)
+    assert losses(result) == pytest.approx(bare, abs=1e-4)
 
 
 def split_pairs(batch: dict[str, torch.Tensor]) -> list[tuple[tuple[list[int], list[int]], ...]]:
@@ -221,9 +183,9 @@ def test_a_step_that_is_made_again_counts_once(tmp_path: Path, monkeypatch: pyte
             raise MemoryError
         return loss
 
-    whole = train(recipe(tmp_path, **changes), console=QUIET)
+    whole = train(recipe(tmp_path, **changes))
     monkeypatch.setattr(PreferenceTrainer, "compute_loss", starved)
-    less = train(recipe(tmp_path, **changes, **{"training.output_dir": tmp_path / "less"}), console=QUIET)
+    less = train(recipe(tmp_path, **changes, **{"training.output_dir": tmp_path / "less"}))
     assert calls[0] == 2 + 4 + 4, "one pass too many, and both steps in halves"
     assert [count for count, _ in pairs] == [8.0] * 4
     assert pairs[2:] == pairs[:2], "tokens too"
@@ -236,7 +198,7 @@ def test_a_step_that_is_made_again_counts_once(tmp_path: Path, monkeypatch: pyte
 
 def test_held_out_accuracy_rises(tmp_path: Path) -> None:
     "What was learned from some questions holds for others: the margin opens, and the talkative answer loses."
-    result = train(recipe(tmp_path, **{"training.max_steps": 16, "training.eval_steps": 8}), console=QUIET)
+    result = train(recipe(tmp_path, **{"training.max_steps": 16, "training.eval_steps": 8}))
     before, after = (
         {k.removeprefix("validation_").removesuffix(end): v for k, v in result.metrics.items() if k.endswith("_before") == bool(end)}
         for end in ("_before", "")
@@ -265,7 +227,7 @@ def test_a_second_run_computes_no_reference(tmp_path: Path) -> None:
     largest.write_bytes(whole[:20])
     assert built(cfg, tmp_path / "fourth")[1].reference_computed == len(run.data.train)
     assert built(recipe(tmp_path, **{"training.seed": 7}), tmp_path / "fifth")[1].reference_computed == 96, "other weights"
-    run, trainer = built(recipe(tmp_path, [*sums(), {"prompt": "Hi", "chosen": "a", "rejected": "b"}]), tmp_path / "sixth")
+    run, trainer = built(recipe(tmp_path, rows=[*sums(), {"prompt": "Hi", "chosen": "a", "rejected": "b"}]), tmp_path / "sixth")
     assert trainer.reference_computed == len(run.data.train), "other training rows, the same held-out ones"
 
 
@@ -275,11 +237,7 @@ def parent(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tmp = tmp_path_factory.mktemp("parent")
     chats = [{"prompt": r["prompt"], "completion": r[side]} for r in sums() for side in ("chosen", "rejected")]
     changes = {"training.method": "sft", "training.max_steps": 80, "training.learning_rate": 3e-3, "data.validation_split": 0}
-    return train(recipe(tmp, chats, **changes), console=QUIET).bot
-
-
-def from_parent(parent: Path) -> dict[str, object]:
-    return {"model.preset": "null", "model.vocab_size": 4096, "model.base": parent}
+    return train(recipe(tmp, rows=chats, **changes)).bot
 
 
 @pytest.mark.parametrize(("sft_weight", "warns"), [(0.0, True), (0.2, False)])
@@ -291,7 +249,7 @@ def test_collapse_is_told_once_and_the_sft_term_cures_it(
     monkeypatch.setattr(TrackerGroup, "log_text", lambda self, name, text, step: told.append((name, text, step)))
     console = Console(record=True, width=400, file=io.StringIO())
     changes = {"training.max_steps": 24, "training.learning_rate": 1e-3, "training.eval_steps": 8, "method.sft_weight": sft_weight}
-    result = train(recipe(tmp_path, **from_parent(parent), **changes), console=console)
+    result = train(recipe(tmp_path, **on(parent), **changes), console=console)
     warnings = [text for name, text, _ in told if name == "warning"]
     assert len(warnings) == warns
     assert ("fall while the margin grows" in console.export_text()) == warns
@@ -309,8 +267,8 @@ def test_the_base_under_an_adapter_is_its_reference(tmp_path: Path, parent: Path
     histories = []
     for reference in ("adapter_off", "precomputed", "frozen"):
         changes = {"method.adapter": True, "method.reference": reference, "training.output_dir": tmp_path / reference, "lora.rank": 4}
-        result = train(recipe(tmp_path, **from_parent(parent), **changes), console=QUIET)
-        histories.append([entry["loss"] for entry in result.history if "loss" in entry])
+        result = train(recipe(tmp_path, **on(parent), **changes))
+        histories.append(losses(result))
         assert (result.bot / "adapter_config.json").is_file()
     assert histories[0] == pytest.approx(histories[1], abs=1e-5)
     assert histories[0] == pytest.approx(histories[2], abs=1e-5)
@@ -320,13 +278,13 @@ def test_the_base_under_an_adapter_is_its_reference(tmp_path: Path, parent: Path
 def test_kto_separates_good_answers_from_bad_ones(tmp_path: Path, parent: Path) -> None:
     "Each pair gives two labelled answers; TRL's own reference and the cached one give one history; a second run computes none."
     changes = {"training.method": "kto", "training.max_steps": 12, "training.eval_steps": 6, "training.learning_rate": 3e-4}
-    start = from_parent(parent) | changes
+    start = on(parent) | changes
     runs = {
-        name: train(recipe(tmp_path, **start, **{"method.reference": name, "training.output_dir": tmp_path / name}), console=QUIET)
+        name: train(recipe(tmp_path, **start, **{"method.reference": name, "training.output_dir": tmp_path / name}))
         for name in ("precomputed", "frozen")
     }
-    losses = [[entry["loss"] for entry in result.history if "loss" in entry] for result in runs.values()]
-    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+    curves = [losses(result) for result in runs.values()]
+    assert curves[0] == pytest.approx(curves[1], abs=1e-4)
     metrics = runs["precomputed"].metrics
     assert metrics["validation_loss_before"] == pytest.approx(0.5, abs=1e-5)
     assert metrics["validation_rewards/accuracies"] > 0.9
@@ -347,23 +305,22 @@ class Stop(TrainerCallback):
 @pytest.mark.parametrize("method", ["dpo", "kto"])
 def test_a_stopped_run_resumes_bit_equal(tmp_path: Path, method: str, monkeypatch: Any) -> None:
     changes = {"training.method": method, "training.max_steps": 10, "training.save_steps": 4, "training.logging_steps": 1}
-    whole = train(recipe(tmp_path, **changes, **{"training.output_dir": tmp_path / "whole"}), console=QUIET)
+    whole = train(recipe(tmp_path, **changes, **{"training.output_dir": tmp_path / "whole"}))
     cfg = recipe(tmp_path, **changes)
     with monkeypatch.context() as patched:
-        kept = trainer_module.make_callbacks
-        patched.setattr(trainer_module, "make_callbacks", lambda *a: (lambda t, c: (t, [*c, Stop()]))(*kept(*a)))
+        watched(patched, Stop())
         with pytest.raises(RuntimeError, match="stopped by the test"):
-            train(cfg, console=QUIET)
-    resumed = train(cfg, resume=True, console=QUIET)
+            train(cfg)
+    resumed = train(cfg, resume=True)
     first, second = (load_file(result.bot / "model.safetensors") for result in (whole, resumed))
     assert all(torch.equal(first[name], second[name]) for name in first)
-    losses = [[(e["step"], e["loss"]) for e in result.history if "loss" in e] for result in (whole, resumed)]
-    assert losses[0] == losses[1]
+    curves = [[(e["step"], e["loss"]) for e in result.history if "loss" in e] for result in (whole, resumed)]
+    assert curves[0] == curves[1]
 
 
 # --- mistakes ----------------------------------------------------------------------------------------------------------
 
-CHAT = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
+CHAT = talk("Hi", "Hello")
 PAIR = {"prompt": "Hi", "chosen": "Hello", "rejected": "What?"}
 
 
@@ -391,7 +348,7 @@ PAIR = {"prompt": "Hi", "chosen": "Hello", "rejected": "What?"}
 )  # fmt: skip
 def test_mistakes_are_told(tmp_path: Path, rows: list[Any], changes: dict[str, object], message: str) -> None:
     with pytest.raises(LLMBotError, match=message):
-        train(recipe(tmp_path, rows, **changes), console=QUIET)
+        train(recipe(tmp_path, rows=rows, **changes))
     assert not (tmp_path / "bot").exists()
 
 

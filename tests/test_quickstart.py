@@ -5,17 +5,16 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from recipes import LLMBOT
 
 from llmbot.core.bot import verify_bot
 
 pytestmark = pytest.mark.timeout(1800)  # three stages of training in one fixture
-LLMBOT = str(Path(sys.executable).with_name("llmbot"))
 SUM, DIFFERENCE = "What is 27 + 45?", "What is 83 - 47?"
 
 

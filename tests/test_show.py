@@ -1,34 +1,29 @@
 """What a person is shown of a batch is what the trainer gets, and a suggested learning rate is better than others."""
 
-import json
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+import recipes
+from recipes import on, talk, train, write
 from rich.console import Console
 
 from llmbot.core.config import Config
-from llmbot.core.config_io import load_config
 from llmbot.core.errors import ConfigError, LLMBotError
 from llmbot.core.packing import IGNORED
 from llmbot.training.lr_find import aside, lr_find
 from llmbot.training.show import show_batch, show_results
-from llmbot.training.trainer import train
 
 
 def recipe(tmp: Path, **changes: object) -> Config:
     rows = [
-        {"messages": [{"role": "user", "content": f"<{a}> + {b}?"},
-                      {"role": "assistant", "content": f"<b>{a + b}</b> \x1b[31mred{'!' * b}"}]}
+        talk(f"<{a}> + {b}?", f"<b>{a + b}</b> \x1b[31mred{'!' * b}")
         for a in range(12)
         for b in range(8)
     ]  # fmt: skip
-    (tmp / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    settings = {"model.preset": "qwen3-0.2m", "model.vocab_size": 300, "data.train": f"[{tmp}/sums.jsonl]", "data.cache_dir": tmp / "cache",
-                "data.max_seq_length": 96, "training.per_device_batch_size": 4, "training.precision": "fp32",
-                "training.output_dir": tmp / "bot", "monitoring.trackers": "[]", **changes}  # fmt: skip
-    return load_config(None, overrides=[f"{k}={v}" for k, v in settings.items()], env={})
+    changes = {"data.max_seq_length": 96, "training.per_device_batch_size": 4} | changes
+    return recipes.recipe(tmp, write(tmp / "sums.jsonl", rows), **changes)
 
 
 class Pieces(HTMLParser):
@@ -99,7 +94,7 @@ def test_nothing_stays_of_a_look(tmp_path: Path) -> None:
 
 def test_pairs_show_both_answers(tmp_path: Path) -> None:
     pairs = [{"prompt": f"{i}?", "chosen": f"yes {i}", "rejected": f"no, never {i}"} for i in range(30)]
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    write(tmp_path / "pairs.jsonl", pairs)
     cfg = recipe(tmp_path, **{"training.method": "dpo", "data.train": f"[{tmp_path}/pairs.jsonl]"})
     view = show_batch(cfg, n=2)
     assert [row.title for row in view.rows] == ["pair 1, chosen", "pair 1, rejected", "pair 2, chosen", "pair 2, rejected"]
@@ -108,12 +103,11 @@ def test_pairs_show_both_answers(tmp_path: Path) -> None:
 
 
 def test_results_stand_beside_those_of_the_parent(tmp_path: Path) -> None:
-    quiet = Console(quiet=True)
     base = recipe(tmp_path, **{"training.max_steps": 2})
-    train(base, console=quiet)
-    child = recipe(tmp_path, **{"training.max_steps": 2, "training.output_dir": tmp_path / "child", "model.preset": "null",
-                                "model.vocab_size": 4096, "model.base": tmp_path / "bot", "training.learning_rate": 0.01})  # fmt: skip
-    found = show_results(train(child, console=quiet), tmp_path / "sums.jsonl", n=3, max_new_tokens=6, device="cpu")
+    train(base)
+    child = recipe(tmp_path, **{"training.max_steps": 2, "training.output_dir": tmp_path / "child", "training.learning_rate": 0.01},
+                   **on(tmp_path / "bot"))
+    found = show_results(train(child), tmp_path / "sums.jsonl", n=3, max_new_tokens=6, device="cpu")
     alone = show_results(tmp_path / "bot", tmp_path / "sums.jsonl", n=3, max_new_tokens=6, device="cpu")
     assert (found.bot, found.parent, alone.parent) == ("child", "bot", None)
     assert [r.before for r in found.results] == [r.answer for r in alone.results]
@@ -131,7 +125,7 @@ def test_the_suggested_rate_trains_better_than_others(tmp_path: Path) -> None:
     for factor in (1 / 30, 1, 30):
         changes = base | {"training.learning_rate": found.suggestion * factor, "training.output_dir": tmp_path / f"bot{factor}",
                           "training.stop_on_divergence": False}  # fmt: skip
-        losses[factor] = train(recipe(tmp_path, **changes), console=Console(quiet=True)).metrics["validation_loss"]
+        losses[factor] = train(recipe(tmp_path, **changes)).metrics["validation_loss"]
     assert losses[1] < losses[1 / 30]
     assert not losses[1] > losses[30]  # the largest rate may also end in no number
 

@@ -1,62 +1,31 @@
 """Training against independent witnesses: a hand-written loop, TRL, and a run that was never killed."""
 
-import json
+from functools import partial
 from pathlib import Path
 
 import pytest
+import recipes
 import torch
-from rich.console import Console
+from recipes import losses, talk, train, write
 
 from llmbot.core.config import Config
-from llmbot.core.config_io import load_config
 from llmbot.core.errors import LLMBotError, TrainingError
-from llmbot.training.methods import get_method
-from llmbot.training.trainer import prepare_run, train
 
-QUIET = Console(quiet=True)
-
-
-def write_chats(path: Path) -> Path:
-    "A hundred short conversations in varied lengths."
-    words = ["red", "blue", "green", "grey", "white"]
-    things = ["fish", "bird", "cat", "dog", "cow"]
-    rows = [
-        {"messages": [{"role": "user", "content": f"{a} {b}" + "?" * n}, {"role": "assistant", "content": f"{b} {a}" * (n + 1)}]}
-        for a in words for b in things for n in range(4)
-    ]  # fmt: skip
-    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    return path
-
-
-def recipe(tmp: Path, **changes: object) -> Config:
-    settings = {
-        "model.preset": "qwen3-0.2m",
-        "model.vocab_size": 300,
-        "training.method": "sft",
-        "training.output_dir": tmp / "bot",
-        "training.max_steps": 12,
-        "training.precision": "fp32",
-        "data.train": f"[{write_chats(tmp / 'chats.jsonl')}]",
-        "data.cache_dir": tmp / "cache",
-        "data.max_seq_length": 64,
-        **changes,
-    }
-    return load_config(None, overrides=[f"{k}={v}" for k, v in settings.items()], env={})
+recipe = partial(recipes.recipe, rows=recipes.chats(5, (1, 2, 3, 4)), **{"training.max_steps": 12})
 
 
 def bare_losses(cfg: Config, tmp: Path) -> list[float]:
     "The losses of the loop one would write by hand, on the batches that the trainer's own loader gives."
     from transformers import get_scheduler
 
-    run = prepare_run(cfg, get_method(cfg.training.method), tmp, False, QUIET)
-    trainer = get_method(cfg.training.method).build(run)
+    run, trainer = recipes.built(cfg, tmp)
     t, model = run.config.training, run.model.train()
     steps, micro = t.max_steps or 0, t.gradient_accumulation_steps
     optimizer = torch.optim.AdamW(model.parameters(), lr=t.learning_rate or 0, betas=(t.adam_beta1, t.adam_beta2), weight_decay=0.0)
     scheduler = get_scheduler("cosine", optimizer, int(-(-t.warmup_steps * steps // 1)), steps)
-    losses: list[float] = []
+    found: list[float] = []
     loader = iter(trainer.get_train_dataloader())
-    while len(losses) < steps:
+    while len(found) < steps:
         batches = []
         for _ in range(micro):
             try:
@@ -78,8 +47,8 @@ def bare_losses(cfg: Config, tmp: Path) -> list[float]:
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
-        losses.append(total)
-    return losses
+        found.append(total)
+    return found
 
 
 @pytest.mark.parametrize("packing", [True, False])
@@ -89,29 +58,25 @@ def test_losses_equal_a_hand_written_loop(tmp_path: Path, packing: bool, accumul
     changes = {"training.packing": packing, "training.gradient_accumulation_steps": accumulation, "training.logging_steps": 1}
     steps = 3 if packing else 4
     cfg = recipe(tmp_path, **changes, **{"training.max_steps": steps, "training.per_device_batch_size": 3 if packing else 8})
-    (tmp_path / "bare").mkdir()
     expected = bare_losses(cfg, tmp_path / "bare")
-    result = train(cfg, console=QUIET)
-    logged = [e["loss"] for e in result.history if "loss" in e]
+    logged = losses(train(cfg))
     assert logged == pytest.approx(expected, abs=2e-4)
     assert logged[-1] < logged[0]
 
 
 def test_held_out_loss_does_not_depend_on_the_batch_size(tmp_path: Path) -> None:
     "Token-weighted: the same bot measured in batches of 1 and of 7."
-    losses = []
+    found = []
     for size in (1, 7):
-        home = tmp_path / str(size)
-        home.mkdir()
         changes = {"training.per_device_eval_batch_size": size, "data.validation_split": 0.3, "training.max_steps": 2}
-        losses.append(train(recipe(home, **changes, **{"training.packing": False}), console=QUIET).metrics["validation_loss"])
-    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+        found.append(train(recipe(tmp_path / str(size), **changes, **{"training.packing": False})).metrics["validation_loss"])
+    assert found[0] == pytest.approx(found[1], abs=1e-4)
 
 
 def test_learning_rate_follows_the_clock(tmp_path: Path) -> None:
     "With a budget of minutes the schedule comes down within it, whatever the number of epochs."
     changes = {"training.max_minutes": 0.05, "training.num_train_epochs": 100000, "training.max_steps": "null", "training.logging_steps": 1}
-    result = train(recipe(tmp_path, **changes), console=QUIET)
+    result = train(recipe(tmp_path, **changes))
     rates = [e["learning_rate"] for e in result.history if "learning_rate" in e]
     assert max(rates) > 10 * rates[-1]
     assert result.seconds < 60
@@ -119,14 +84,13 @@ def test_learning_rate_follows_the_clock(tmp_path: Path) -> None:
 
 def test_resume_refuses_other_data(tmp_path: Path) -> None:
     cfg = recipe(tmp_path, **{"training.max_steps": 4, "training.save_steps": 2})
-    train(cfg, console=QUIET)
+    train(cfg)
     import shutil
 
     shutil.rmtree(tmp_path / "bot")
-    with (tmp_path / "chats.jsonl").open("a") as f:
-        f.write(json.dumps({"messages": [{"role": "user", "content": "new"}, {"role": "assistant", "content": "row"}]}) + "\n")
+    write(tmp_path / "rows.jsonl", [*recipes.chats(5, (1, 2, 3, 4)), talk("new", "row")])
     with pytest.raises(TrainingError, match="data changed"):
-        train(cfg, resume=True, console=QUIET)
+        train(cfg, resume=True)
 
 
 @pytest.mark.parametrize(
@@ -141,7 +105,7 @@ def test_resume_refuses_other_data(tmp_path: Path) -> None:
 )
 def test_mistakes_are_told_before_training(tmp_path: Path, changes: dict[str, object], message: str) -> None:
     with pytest.raises(LLMBotError, match=message):
-        train(recipe(tmp_path, **changes), console=QUIET)
+        train(recipe(tmp_path, **changes))
     assert not list(tmp_path.glob("bot*")), "nothing is left of a run that never began"
 
 
@@ -149,7 +113,7 @@ def test_output_directory_that_cannot_be_written(tmp_path: Path) -> None:
     "A path through a file stands for every place that cannot be written, also for root."
     (tmp_path / "file").write_text("")
     with pytest.raises(LLMBotError, match="Cannot write"):
-        train(recipe(tmp_path, **{"training.output_dir": tmp_path / "file" / "bot"}), console=QUIET)
+        train(recipe(tmp_path, **{"training.output_dir": tmp_path / "file" / "bot"}))
 
 
 def test_answers_must_be_supervised(tmp_path: Path) -> None:
@@ -157,14 +121,14 @@ def test_answers_must_be_supervised(tmp_path: Path) -> None:
     path = tmp_path / "questions.jsonl"
     path.write_text('{"messages": [{"role": "user", "content": "hello?"}]}\n')
     with pytest.raises(LLMBotError, match="Nothing is left to train on"):
-        train(recipe(tmp_path, **{"data.train": f"[{path}]"}), console=QUIET)
+        train(recipe(tmp_path, **{"data.train": f"[{path}]"}))
 
 
 def test_tensorboard_holds_the_history(tmp_path: Path) -> None:
     "TensorBoard's own reader finds every loss that the trainer logged, step by step, and the held-out figures."
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    result = train(recipe(tmp_path, **{"training.logging_steps": 2, "data.validation_split": 0.3}), console=QUIET)
+    result = train(recipe(tmp_path, **{"training.logging_steps": 2, "data.validation_split": 0.3, "monitoring.trackers": "[tensorboard]"}))
     events = EventAccumulator(str(result.run_dir / "tensorboard" / "bot"), size_guidance={"scalars": 0}).Reload()
     logged = [(e["step"], e["loss"]) for e in result.history if "loss" in e]
     assert [e.step for e in events.Scalars("train/loss")] == [step for step, _ in logged]
@@ -175,8 +139,8 @@ def test_tensorboard_holds_the_history(tmp_path: Path) -> None:
 def test_streaming_trains_for_a_number_of_steps(tmp_path: Path) -> None:
     "Data that is not held in memory has no length, so the recipe must say how long to train."
     changes = {"data.streaming": True, "data.validation_split": 0}
-    result = train(recipe(tmp_path, **changes), console=QUIET)
+    result = train(recipe(tmp_path, **changes))
     assert result.steps == 12
     assert result.history[-2]["loss"] < result.history[0]["loss"]
     with pytest.raises(LLMBotError, match="max_steps"):
-        train(recipe(tmp_path, **changes, **{"training.max_steps": "null", "training.output_dir": tmp_path / "endless"}), console=QUIET)
+        train(recipe(tmp_path, **changes, **{"training.max_steps": "null", "training.output_dir": tmp_path / "endless"}))

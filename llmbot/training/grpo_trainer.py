@@ -10,7 +10,6 @@ __all__ = ['NOT_HERE', 'QUIET', 'NO_SIGNAL', 'KEPT', 'grpo_conflicts', 'GRPOSett
 # %% ../../nbs/training/224_grpo_trainer.ipynb #e5a621e8
 import copy
 import functools
-import os
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from ..core.architectures import scratch_learning_rate
 from ..core.config import Config
 from ..core.errors import ConfigError
 from ..core.model_manager import context_length
+from ..core.processes import launched_processes
 from ..core.settings import STRICT, Conflict, changed, refuse, section
 from ..core.training_config import Names, Size
 from ..monitoring.rewards import Reward, reward_function
@@ -78,14 +78,11 @@ def check_groups(
     cfg: Config,  # the recipe
     settings: GRPOSettings,  # its method section
     prompts: int | None = None,  # rows to train on, where they are known
-    processes: int | None = None,  # that train together; None: as the launcher says
 ) -> int:  # prompts of one step
     "Whether a step holds whole groups of answers, and there are prompts enough for one. Raises `ConfigError`."
     t, group = cfg.training, settings.num_generations
-    processes = processes or int(os.environ.get("WORLD_SIZE", "1"))
-    answers = t.per_device_batch_size * t.gradient_accumulation_steps * processes
+    answers = t.per_device_batch_size * t.gradient_accumulation_steps
     sizes = f"training.per_device_batch_size={t.per_device_batch_size} * gradient_accumulation_steps={t.gradient_accumulation_steps}"
-    sizes += f" * {processes} processes" if processes > 1 else ""
     if answers % group:
         lower, upper = answers // group * group, -(-answers // group) * group
         near = " or ".join(str(n) for n in (lower, upper) if n)
@@ -110,6 +107,10 @@ def check_training(cfg: Config) -> None:
         raise ConfigError(f"training.fused_loss is '{cfg.training.fused_loss}', and 'grpo' has a fused loss of its own. Use 'auto'.")
     if cfg.training.max_minutes and cfg.training.warmup_steps >= 1:
         raise ConfigError("training.warmup_steps counts steps, which training.max_minutes cannot know: use a share below 1.")
+    if launched_processes() > 1:
+        raise ConfigError("'grpo' trains in one process: each would draw answers of its own, so that their number changes what is learned, "
+                          "and a checkpoint would lack those of all but one. Start it alone; training.gradient_accumulation_steps makes "
+                          "larger groups.")
     if not cfg.model.base:
         raise ConfigError("model.base is unset: 'grpo' improves a bot that answers some prompts well already. Name it.")
 

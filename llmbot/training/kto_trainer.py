@@ -17,9 +17,10 @@ from pydantic.dataclasses import dataclass
 from ..core.config import Config
 from ..core.data_examples import Kind
 from ..core.errors import ConfigError
+from ..core.processes import add_up, world_size
 from ..core.settings import STRICT, changed, refuse, section
 from .dpo_trainer import policy_conflicts, preference_learning_rate
-from .methods import TrainingRun, register_method, training_arguments
+from .methods import TrainingRun, asked_strategy, register_method, training_arguments
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -57,6 +58,9 @@ def check_kto(cfg: Config) -> None:
         raise ConfigError("training.per_device_batch_size is 1, and 'kto' compares the answers of a batch: set at least 2.")
     if cfg.training.fused_loss in ("liger", "chunked"):
         raise ConfigError(f"training.fused_loss is '{cfg.training.fused_loss}', and 'kto' has a fused loss of its own. Use 'auto'.")
+    if (strategy := asked_strategy(cfg.training.strategy)) not in ("alone", "ddp"):
+        raise ConfigError(f"training.strategy is '{strategy}', and 'kto' trains with 'ddp' alone: TRL passes each batch through the model "
+                          "twice, which is not tried where weights are taken apart. Use 'ddp'.")
     if cfg.training.max_minutes and cfg.training.warmup_steps >= 1:
         raise ConfigError("training.warmup_steps counts steps, which training.max_minutes cannot know: use a share below 1.")
 
@@ -140,17 +144,22 @@ def kto_trainer_class(
     "TRL's `KTOTrainer` with this project's rows, reference and evaluation."
     from trl import KTOTrainer
 
+    from llmbot.core.shared_work import SharedWork
     from llmbot.training.bot_trainer import ChosenWeights, ClockSchedule, CompleteCheckpoints, HonestEvaluation, Paced
     from llmbot.training.preference_trainer import cached_reference, evaluating, weights_digest
     from llmbot.training.safeguards import SafeTrainer
 
-    class UnpairedTrainer(SafeTrainer, CompleteCheckpoints, ClockSchedule, ChosenWeights, Paced, HonestEvaluation, KTOTrainer):
+    mixins = (SafeTrainer, CompleteCheckpoints, ClockSchedule, ChosenWeights, Paced, HonestEvaluation, SharedWork)
+
+    class UnpairedTrainer(*mixins, KTOTrainer):  # type: ignore[misc]
         "The loop under `kto`; made by `kto_trainer`."
 
         tokens_seen, reference_computed, row_unit = 0, 0, 0
+        share = 1.0  # of a process in a batch, 1 for an equal one: the processes' means are averaged, whatever their numbers of rows
 
         def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
-            return dataset.add_column("KL_completion_ids", rotated(dataset["completion_ids"][:], args.per_device_train_batch_size))
+            answers = rotated(dataset["completion_ids"][:], args.per_device_train_batch_size * world_size())
+            return dataset.add_column("KL_completion_ids", answers)
 
         def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
             weights = weights_digest(self.accelerator.unwrap_model(self.model))
@@ -159,7 +168,14 @@ def kto_trainer_class(
 
         def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
             self.tokens_seen += inputs["input_ids"].numel() + inputs["KL_input_ids"].numel()
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            self.share = len(inputs["label"]) * world_size() / add_up([len(inputs["label"])])[0]
+            if "ref_KL_logps" in inputs:
+                inputs = {**inputs, "ref_KL_logps": inputs["ref_KL_logps"] * self.share}
+            found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            return (found[0] * self.share, found[1]) if return_outputs else found * self.share
+
+        def _compute_kl_logps(self, model: Any, batch: Any) -> Any:
+            return super()._compute_kl_logps(model, batch) * self.share
 
         def heldout_metrics(self, dataset: Any) -> dict[str, float]:
             return heldout_labelled(self, dataset)
