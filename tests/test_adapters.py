@@ -1,6 +1,7 @@
 """Adapters against independent witnesses: PEFT's own loading, the formula of the paper, and a base that must stay as it was."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from llmbot.core.adapters import attach_adapter, linear_layers, load_adapters, m
 from llmbot.core.bot import bot_digest, read_manifest, verify_bot
 from llmbot.core.config import ModelConfig
 from llmbot.core.errors import BotError, ConfigError, TrainingError
-from llmbot.core.model_manager import load_bot, new_model, save_bot, train_tokenizer
+from llmbot.core.model_manager import commit_of, load_bot, new_model, save_bot, train_tokenizer
 from llmbot.core.training_config import LoraConfig
 from llmbot.evaluation.evaluate import evaluate_bot
 from llmbot.serving.decoding import ask
@@ -168,6 +169,49 @@ def test_another_base_is_refused(base: Path, skill: Path, tmp_path: Path) -> Non
     shutil.rmtree(tmp_path / "base")
     with pytest.raises(BotError, match="nothing is there"):
         load_bot(tmp_path / "skill").config  # noqa: B018
+
+
+def in_the_cache(cache: Path, bot: Path, commit: str) -> None:
+    "Put a model into a cache of the hub as `huggingface_hub` lays it out, as the newest version of someone/tiny."
+    home = cache / "models--someone--tiny"
+    (snapshot := home / "snapshots" / commit).mkdir(parents=True)
+    for path in bot.iterdir():
+        if path.name not in ("llmbot.json", "README.md"):
+            blob = home / "blobs" / f"{path.name}-{commit}"
+            blob.parent.mkdir(exist_ok=True)
+            shutil.copy(path, blob)
+            (snapshot / path.name).symlink_to(os.path.relpath(blob, snapshot))
+    (home / "refs").mkdir(exist_ok=True)
+    (home / "refs" / "main").write_text(commit)
+
+
+def test_a_base_of_the_hub(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    "From the cache alone: trained, loaded and merged on the commit that it was trained on, though the model has moved on since."
+    from huggingface_hub import constants, scan_cache_dir
+
+    first, second = "1" * 40, "2" * 40
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    in_the_cache(tmp_path / "hub", base, first)
+    [cached] = scan_cache_dir(tmp_path / "hub").repos
+    assert (cached.repo_id, [r.commit_hash for r in cached.revisions]) == ("someone/tiny", [first])
+    bot = tune(tmp_path, "hf:someone/tiny", "skill", **{"training.save_steps": 2}).bot  # type: ignore[arg-type]
+    local = tune(tmp_path, base, "local").bot
+    facts = read_manifest(bot).adapter  # type: ignore[union-attr]
+    assert facts["base_revision"] == first
+    stored = json.loads((bot / "adapter_config.json").read_text())
+    assert (stored["base_model_name_or_path"], stored["revision"]) == ("someone/tiny", first)
+    expected = logits(load_bot(local, device="cpu").model, IDS)
+    assert torch.equal(logits(load_bot(bot, device="cpu").model, IDS), expected)
+    in_the_cache(tmp_path / "hub", make_bot(tmp_path, "moved", seed=9), second)
+    assert commit_of(load_bot("hf:someone/tiny", device="cpu")) == second
+    assert torch.equal(logits(load_bot(bot, device="cpu").model, IDS), expected)
+    assert merge_bot(bot, tmp_path / "whole").difference < 1e-3
+    assert torch.allclose(logits(load_bot(tmp_path / "whole", device="cpu").model, IDS), expected, atol=1e-3)
+    shutil.rmtree(bot)
+    with pytest.raises(TrainingError, match=f"its digest was {first} then, and is {second} now"):
+        train(recipe(tmp_path, "hf:someone/tiny", "skill", **{"training.save_steps": 2}), resume=True)  # type: ignore[arg-type]
+    shutil.rmtree(tmp_path / "hub" / "models--someone--tiny" / "snapshots" / first)
+    tune(tmp_path, "hf:someone/tiny", "newer")  # type: ignore[arg-type]
 
 
 def test_a_damaged_adapter_is_refused(home: Path, skill: Path) -> None:

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['bot_errors', 'quiet_bars', 'read_config', 'read_tokenizer', 'read_weights', 'adapter_settings', 'find_base',
-           'fit_embedding', 'read_adapter', 'merge_in_memory', 'LoadedBot', 'base_of', 'adapter_config', 'whole_model',
-           'adapter_on_base', 'context_length', 'generation_config', 'load_bot', 'save_adapter', 'save_bot']
+           'fit_embedding', 'read_adapter', 'merge_in_memory', 'LoadedBot', 'commit_of', 'base_of', 'adapter_config',
+           'whole_model', 'adapter_on_base', 'context_length', 'generation_config', 'load_bot', 'save_adapter',
+           'save_bot']
 
 # %% ../../nbs/core/040_model_manager.ipynb #eb1542bb
 import contextlib
@@ -244,7 +245,7 @@ class LoadedBot:
     @cached_property
     def chat(self) -> ChatFormat:
         "Its chat format: template, masks and stop tokens."
-        return ChatFormat(self.tokenizer, generation_config(self.reference, self.config))
+        return ChatFormat(self.tokenizer, generation_config(self.reference, self.config, self.revision))
 
     @cached_property
     def manifest(self) -> Manifest | None:
@@ -252,6 +253,16 @@ class LoadedBot:
         return read_manifest(self.path) if self.path else None
 
 # %% ../../nbs/core/040_model_manager.ipynb #bfba54ed
+def commit_of(bot: LoadedBot) -> str | None:
+    "The commit of a hub model, as the cache names what was read; None for a directory."
+    from huggingface_hub import try_to_load_from_cache
+
+    if bot.path or not bot.config:
+        return None
+    found = try_to_load_from_cache(bot.reference.location, "config.json", revision=bot.revision or "main")
+    return Path(found).parent.name if isinstance(found, str) else bot.revision
+
+
 def base_of(bot: LoadedBot, directory: Path) -> LoadedBot:
     "The base of an adapter, to be loaded as the adapter is. Raises `BotError` when it is another than in training."
     revision = adapter_settings(directory).get("revision")
@@ -297,6 +308,7 @@ def context_length(
 def generation_config(
     reference: Reference,  # where the bot lies
     config: "PreTrainedConfig",  # its config
+    revision: str | None = None,  # of a hub model
 ) -> "GenerationConfig":  # the bot's own, or one made from its config
     "A bot's generation settings, stop tokens among them."
     from transformers import GenerationConfig
@@ -304,7 +316,7 @@ def generation_config(
     if reference.kind == "path" and not Path(reference.location, "generation_config.json").exists():
         return GenerationConfig.from_model_config(config)
     with bot_errors("the generation config", reference.location):
-        return GenerationConfig.from_pretrained(reference.location)
+        return GenerationConfig.from_pretrained(reference.location, revision=revision or "main")
 
 
 def load_bot(

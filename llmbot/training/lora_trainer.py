@@ -15,7 +15,7 @@ from ..core.adapters import COMPARED, adapter_facts, attach_adapter, logits_of, 
 from ..core.architectures import scratch_learning_rate
 from ..core.bot import Manifest, bot_digest
 from ..core.errors import BotError, ConfigError, TrainingError
-from ..core.model_manager import load_bot, save_bot
+from ..core.model_manager import commit_of, load_bot, save_bot
 from ..core.processes import is_main
 from .bot_trainer import BotTrainer, bot_trainer
 from .methods import TrainingRun, register_method
@@ -34,7 +34,7 @@ def base_facts(
     now = {
         "reference": run.config.model.base,
         "digest": bot_digest(base.path) if base.path else None,
-        "revision": None if base.path else getattr(base.config, "_commit_hash", None) or run.config.model.revision,
+        "revision": commit_of(base),
     }
     kept = run.run_dir / "base.json"
     if kept.is_file() and (then := json.loads(kept.read_text(encoding="utf-8"))) != now:
@@ -64,11 +64,13 @@ def adapt(
     cfg = run.config
     if not cfg.model.base:
         raise ConfigError("model.base is unset: an adapter is trained on a bot that stays as it is. Name it.")
-    base_facts(run)
+    facts = base_facts(run)
     checkpointing = cfg.training.gradient_checkpointing
     adapted = attach_adapter(
         run.model, cfg.lora, seed=cfg.training.seed, new_tokens=new_tokens(run), gradient_checkpointing=checkpointing
     )
+    for settings in adapted.peft_config.values():
+        settings.revision = facts["revision"]  # a hub model may move on; the adapter stays with the commit that it learned on
     run.model = adapted
     return adapted
 
