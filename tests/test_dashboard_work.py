@@ -1,6 +1,7 @@
 """The dashboard's pages for work, in a real browser: data, a run that outlives its page, runs, models, evaluations."""
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,8 +20,9 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.browser
 PAGES = ("data", "train", "runs", "models", "evaluation")
-WIDE = {"width": 1200, "height": 900}
+WIDE, NARROW = {"width": 1200, "height": 900}, {"width": 400, "height": 800}
 WAIT = 90_000  # milliseconds, on a busy machine
+Faults = Callable[[Any], list[str]]  # of a page
 SCRIPT = "<img src=x onerror=\"document.title='run'\">"
 
 
@@ -101,13 +103,35 @@ def fill(page: "Page", values: dict[str, str]) -> None:
         field.press("Tab")
 
 
+STILL = """() => { const all = root => [...root.getAnimations(), ...[...root.querySelectorAll('*')].flatMap(e =>
+    e.shadowRoot ? all(e.shadowRoot) : [])]; document.activeElement?.blur();
+    return all(document).every(a => a.playState != 'running') }"""  # colours are on their way until then
+
+
+def own_faults(page: "Page", faults: Faults) -> list[str]:
+    "Serious faults of what is on a page; the bar that shows a busy server is part of the shell, which has tests of its own."
+    return [fault for fault in faults(page) if not fault.startswith("aria-progressbar-name: ") or "MuiLinearProgress" not in fault]
+
+
+def look_over(page: "Page", name: str, faults: Faults) -> None:
+    "A page with something on it has no serious fault of accessibility; for the docs it is also drawn, wide and as a telephone has it."
+    page.mouse.move(600, 5)
+    page.wait_for_function(STILL, timeout=WAIT)
+    assert own_faults(page, faults) == [], name
+    if folder := os.environ.get("LLMBOT_SCREENSHOTS"):
+        for ending, size in (("-narrow", NARROW), ("", WIDE)):
+            page.set_viewport_size(size)
+            page.wait_for_timeout(1000)
+            page.screenshot(path=Path(folder, f"dashboard-{name}{ending}.png"))
+
+
 def step_of(page: "Page") -> int:
     "The step up to which the loss is drawn."
     words = page.get_by_text("training:").first.inner_text()
     return int(words.rpartition("step ")[2].replace(",", ""))
 
 
-def test_data_is_looked_at(visit: "Callable[..., Page]", folder: Path, tmp_path: Path) -> None:
+def test_data_is_looked_at(visit: "Callable[..., Page]", folder: Path, tmp_path: Path, faults: Faults) -> None:
     "A file is uploaded; what is kept, what is lost and why is said; what it holds is shown, and not run."
     corpus = tmp_path / "smalltalk.yml"
     talk = "".join(f"- - Hello number {n}\n  - Hi {n} <img src=x onerror=alert(1)>\n" for n in range(40))
@@ -126,13 +150,14 @@ def test_data_is_looked_at(visit: "Callable[..., Page]", folder: Path, tmp_path:
     assert learned.startswith("Hi ")
     assert "Hello" not in "".join(page.locator("pre mark").all_inner_texts())
     assert page.locator("pre img").count() == 0
+    look_over(page, "data", faults)
     fill(page, {"Or a path, or hf:NAME of a data set": "data/absent.jsonl"})
     page.get_by_role("button", name="Look at it").click()
     see(page, "absent.jsonl")
     assert page.get_by_role("alert").count() >= 1
 
 
-def test_a_run_outlives_its_page(visit: "Callable[..., Page]", address: str, folder: Path) -> None:
+def test_a_run_outlives_its_page(visit: "Callable[..., Page]", address: str, folder: Path, faults: Faults) -> None:
     "Mistakes stand beside their fields; a run is started, watched, left, found again, steered and stopped; runs are compared."
     page = visit("train")
     see(page, "No run is on")
@@ -161,6 +186,7 @@ def test_a_run_outlives_its_page(visit: "Callable[..., Page]", address: str, fol
         assert step_of(again) > before
         again.get_by_role("button", name="Pause").click()
         see(again, "bots/newer: paused")
+        look_over(again, "train", faults)
         again.get_by_role("button", name="Stop").click()
         see(again, "bots/newer: interrupted")
         status = run.wait(60)
@@ -175,12 +201,13 @@ def test_a_run_outlives_its_page(visit: "Callable[..., Page]", address: str, fol
     curves = again.locator("li", has_text="at step").all_inner_texts()
     assert any(line.startswith("older: 6 at step 1, 0.15 at step 40") for line in curves)
     assert any(line.startswith("newer: ") for line in curves)
+    look_over(again, "runs", faults)
     fill(again, {"Filter": "learning_rate=0.25"})
     again.get_by_text("newer:").first.wait_for(state="detached", timeout=WAIT)
     assert {found.name for found in find_runs(folder)} == {"older", "newer"}
 
 
-def test_models_move(visit: "Callable[..., Page]", folder: Path) -> None:
+def test_models_move(visit: "Callable[..., Page]", folder: Path, faults: Faults) -> None:
     "Two versions are registered; one is promoted, then the other, and it is taken back; a gate refuses with its reason."
     page = visit("models")
     see(page, "The registry is empty")
@@ -203,9 +230,10 @@ def test_models_move(visit: "Callable[..., Page]", folder: Path) -> None:
     assert read_aliases(registry_directory(), "helper")["aliases"] == {"production": 1}
     page.get_by_role("button", name="Verify").click()
     see(page, "helper@2 is intact")
+    look_over(page, "models", faults)
 
 
-def test_bots_are_measured(visit: "Callable[..., Page]", folder: Path) -> None:
+def test_bots_are_measured(visit: "Callable[..., Page]", folder: Path, faults: Faults) -> None:
     "Two bots on the same rows, with intervals; a second evaluation goes on when the page is left, is found, and is cancelled."
     page = visit("evaluation")
     see(page, "Nothing has been evaluated yet")
@@ -213,14 +241,18 @@ def test_bots_are_measured(visit: "Callable[..., Page]", folder: Path) -> None:
     for name in ("first", "second"):
         page.get_by_role("menuitem", name=name, exact=True).click()
     page.mouse.click(5, 5)  # beside the menu, which closes it
+    choose(page, "Metrics", "chrf")
+    page.mouse.click(5, 5)
     page.get_by_role("button", name="Evaluate", exact=True).click()
     see(page, "Difference on the same rows")
     [kept] = (folder / "evaluations").glob("*.json")
     report = json.loads(kept.read_text())
     assert [one["rows"] for one in report["reports"]] == [12, 12]
     figures = page.get_by_role("region", name="Figures, with 95 % intervals").locator("tr").all_inner_texts()
-    low, high = (report["reports"][0]["intervals"]["token_f1"][end] for end in ("low", "high"))
-    assert any(row.startswith("token_f1") and f"[{low:.3g}, {high:.3g}]" in row for row in figures)
+    low, high = (report["reports"][0]["intervals"]["chrf"][end] for end in ("low", "high"))
+    assert low < report["reports"][0]["metrics"]["chrf"] < high
+    assert any(row.startswith("chrf") and f"[{low:.3g}, {high:.3g}]" in row for row in figures)
+    look_over(page, "evaluation", faults)
     assert page.locator("td img").count() == 0
     rows = [{"prompt": f"{n}?", "completion": "words " * 40} for n in range(20_000)]
     (folder / "many.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -245,3 +277,22 @@ def test_a_users_key_does_not_work(visit: "Callable[..., Page]", address: str) -
         shown = page.get_by_role("heading", level=1).first.inner_text()
         assert shown.lower() not in PAGES, shown
     assert not {"Data", "Train", "Runs", "Models", "Evaluation"} & set(page.get_by_role("navigation").all_inner_texts())
+
+
+def test_everybody_can_use_the_pages(visit: "Callable[..., Page]", address: str, faults: Faults) -> None:
+    "No serious fault of accessibility, and nothing wider than a telephone, in light and in dark."
+    page = visit("data", size=NARROW)
+    for name in PAGES:
+        show(page, address, name)
+        shades = set()
+        for _ in range(2):
+            shade = page.evaluate("getComputedStyle(document.body).backgroundColor")
+            shades.add(shade)
+            assert own_faults(page, faults) == [], f"{name}, {shade}"
+            assert page.evaluate("document.documentElement.scrollWidth") <= NARROW["width"], name
+            page.get_by_role("button", name="Toggle theme").click()
+            page.wait_for_function("old => getComputedStyle(document.body).backgroundColor != old", arg=shade, timeout=WAIT)
+            page.mouse.move(200, 500)
+            page.locator("[role=tooltip]").wait_for(state="detached", timeout=WAIT)
+            page.wait_for_function(STILL, timeout=WAIT)
+        assert len(shades) == 2

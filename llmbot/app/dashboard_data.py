@@ -6,7 +6,7 @@
 __all__ = ['MARKS', 'SHOWN', 'ASKED', 'LEAD', 'NOTHING', 'sample_html', 'loss_rows', 'kept_html', 'report_html', 'look',
            'first_batch', 'known_fields', 'DataInputs', 'DataPage', 'data_page']
 
-# %% ../../nbs/app/581_dashboard_data.ipynb #239d319b
+# %% ../../nbs/app/581_dashboard_data.ipynb #6d55047e
 from collections.abc import Iterator
 from html import escape
 from pathlib import Path
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from llmbot.core.data_report import DataReport, Loss, Sample
     from llmbot.core.preflight import PreflightReport
 
-# %% ../../nbs/app/581_dashboard_data.ipynb #9cd8f318
+# %% ../../nbs/app/581_dashboard_data.ipynb #bd651f01
 MARKS = """<style>mark { background: rgba(46, 160, 67, .3); color: inherit; text-decoration: underline; text-decoration-thickness: 1px }
 pre { padding: .5rem; border: 1px solid var(--mui-palette-divider, #bbb); border-radius: 4px; max-height: 24rem; overflow: auto }</style>"""
 SHOWN = 1500  # characters of a piece of a sample
@@ -54,7 +54,7 @@ def loss_rows(losses: dict[str, "Loss"]) -> list[list[Any]]:
     ordered = sorted(losses.items(), key=lambda item: -item[1].count)
     return [[loss.count, reason, place(loss.where), loss.detail, loss.excerpt[:200]] for reason, loss in ordered]
 
-# %% ../../nbs/app/581_dashboard_data.ipynb #1e8c17d6
+# %% ../../nbs/app/581_dashboard_data.ipynb #3eb6c47f
 def kept_html(data: "DataReport") -> Iterator[str]:
     "What was recognised, and what there is of it."
     yield facts_html([("rows read", data.rows_read), ("kept", data.rows_kept), ("lost", data.rows_dropped),
@@ -79,7 +79,7 @@ def report_html(
     parts.append("<h2>What the model sees, and <mark>what it learns</mark></h2>")
     return "".join([*parts, *map(sample_html, data.samples[:3])])
 
-# %% ../../nbs/app/581_dashboard_data.ipynb #71b4d0cd
+# %% ../../nbs/app/581_dashboard_data.ipynb #8255e206
 ASKED = ("format", "max_seq_length", "max_rows", "validation_split", "train_on", "on_overlong", "on_bad_row", "system_prompt", "columns")
 LEAD = "See what would be read, what would be lost and why, and what a model would learn, before you train."
 NOTHING = empty_html("No data has been looked at", "Upload a file, or choose one from the folder, and press Look at it. JSON, JSON "
@@ -103,7 +103,7 @@ def known_fields(method: str) -> dict[str, FormField]:
     wanted = {*(f"data.{name}" for name in ASKED), "data.train", "training.method", "model.base"}
     return {field.key: field for field in form_fields(method) if field.key in wanted}
 
-# %% ../../nbs/app/581_dashboard_data.ipynb #9a048e0e
+# %% ../../nbs/app/581_dashboard_data.ipynb #a4c5dd17
 class DataInputs:
     "What the page asks for."
 
@@ -147,7 +147,7 @@ class DataInputs:
             raise ConfigError(words)
         return placed(check.config, self.desk.folder.root)
 
-# %% ../../nbs/app/581_dashboard_data.ipynb #afbf3baa
+# %% ../../nbs/app/581_dashboard_data.ipynb #ad77c30f
 class DataPage(DataInputs):
     "The page."
 

@@ -6,7 +6,7 @@
 __all__ = ['COMPARED', 'LEAD', 'NOTHING', 'GOING_ON', 'evaluate', 'figures_html', 'comparison_part', 'report_part',
            'outcome_html', 'kept_in', 'kept_html', 'going_on', 'EvaluationInputs', 'EvaluationPage', 'evaluation_page']
 
-# %% ../../nbs/app/584_dashboard_evaluation.ipynb #b2764ff4
+# %% ../../nbs/app/584_dashboard_evaluation.ipynb #b19eb2e8
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -21,7 +21,7 @@ from .data_preview import data_files
 from ..core.errors import ConfigError, DataError
 from ..core.recipe import write_atomically
 
-# %% ../../nbs/app/584_dashboard_evaluation.ipynb #10310429
+# %% ../../nbs/app/584_dashboard_evaluation.ipynb #96af8a6b
 COMPARED = 2  # bots whose difference is computed
 
 
@@ -57,7 +57,7 @@ def evaluate(
     write_atomically(Path(keep), json.dumps(found, ensure_ascii=False, indent=1))
     return found
 
-# %% ../../nbs/app/584_dashboard_evaluation.ipynb #e3a7c19b
+# %% ../../nbs/app/584_dashboard_evaluation.ipynb #01122a03
 def figures_html(reports: Sequence[Mapping[str, Any]]) -> str:
     "A metric a line, a bot a column; in brackets where it would lie with other rows."
     def cell(report: Mapping[str, Any], name: str) -> str:
@@ -68,7 +68,7 @@ def figures_html(reports: Sequence[Mapping[str, Any]]) -> str:
     rows = [[name, *(cell(report, name) for report in reports)] for name in names]
     return table_html("Figures, with 95 % intervals", ["metric", *(report["bot"] for report in reports)], rows)
 
-# %% ../../nbs/app/584_dashboard_evaluation.ipynb #da54cc13
+# %% ../../nbs/app/584_dashboard_evaluation.ipynb #589543fc
 def comparison_part(found: Mapping[str, Any]) -> str:
     "The difference of two bots, and the rows on which they differ most."
     rows = [[name, f"{d['first']:.4g}", f"{d['second']:.4g}", f"{d['second'] - d['first']:+.4g}",
@@ -107,7 +107,7 @@ def outcome_html(found: Mapping[str, Any]) -> str:
     compared = comparison_part(found["comparison"]) if "comparison" in found else ""
     return facts + figures_html(reports) + compared + "".join(map(report_part, reports))
 
-# %% ../../nbs/app/584_dashboard_evaluation.ipynb #f1f78b11
+# %% ../../nbs/app/584_dashboard_evaluation.ipynb #cfef9b46
 LEAD = "Measure bots on held-out rows, read their answers, and compare them with intervals."
 NOTHING = empty_html("Nothing has been evaluated yet", "Choose bots and rows that they have not learned from, and press Evaluate.")
 GOING_ON: dict[Path, Job] = {}  # folder -> the evaluation that goes on there
@@ -133,7 +133,7 @@ def going_on(root: Path) -> Job | None:
     job = GOING_ON.get(root.resolve())
     return job if job is not None and job.status == "running" else None
 
-# %% ../../nbs/app/584_dashboard_evaluation.ipynb #e2eeede7
+# %% ../../nbs/app/584_dashboard_evaluation.ipynb #e3622e4d
 class EvaluationInputs:
     "What the page asks for."
 
@@ -178,7 +178,7 @@ class EvaluationInputs:
         return (list(self.bots.value), data, list(self.metrics.value), self.group.value.strip() or None, self.rows.value, self.tokens.value,
                 str(keep.resolve()))  # fmt: skip
 
-# %% ../../nbs/app/584_dashboard_evaluation.ipynb #b4507581
+# %% ../../nbs/app/584_dashboard_evaluation.ipynb #808f09c1
 class EvaluationPage(EvaluationInputs):
     "The page."
 

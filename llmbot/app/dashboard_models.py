@@ -6,7 +6,7 @@
 __all__ = ['LEAD', 'NOTHING', 'PRECISIONS', 'versions_html', 'lineage_html', 'history_html', 'card_html', 'diff_html', 'verify',
            'add', 'export', 'ModelsInputs', 'ModelsMoves', 'ModelsActions', 'ModelsPage', 'models_page']
 
-# %% ../../nbs/app/583_dashboard_models.ipynb #8fad7090
+# %% ../../nbs/app/583_dashboard_models.ipynb #23c2e3ae
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from ..core.registry import delete_version, read_record, register, verify_versio
 from ..core.registry_aliases import alias_history, promote, rollback
 from ..core.registry_layout import Place, find_version, read_aliases, registered_names, registry_directory, version_places
 
-# %% ../../nbs/app/583_dashboard_models.ipynb #90cb4b26
+# %% ../../nbs/app/583_dashboard_models.ipynb #7594f4f0
 LEAD = "Registered versions never change. An alias such as production means one of them, and can go back."
 NOTHING = empty_html("The registry is empty", "Choose a bot of the folder below and press Register: a version of it gets a number.")
 PRECISIONS = ("int4", "int8", "fp32")
@@ -76,7 +76,7 @@ def diff_html(before: str, after: str) -> str:
     tables = [table_html(title, [name or "what" for name in header], rows) for title, header, rows in sections(found)]
     return notice_html(f"{found.before} and {found.after}: {summary(found)}") + "".join(tables)
 
-# %% ../../nbs/app/583_dashboard_models.ipynb #24c93ce8
+# %% ../../nbs/app/583_dashboard_models.ipynb #8b02ed8e
 def verify(tell: Tell, ref: str) -> str:  # HTML
     "The work: compare every file of a version with its digest. Raises `BotError` when one is not what it was."
     place = find_version(ref)
@@ -101,7 +101,7 @@ def export(tell: Tell, ref: str, precision: str, dest: str) -> str:  # HTML
     ready = notice_html(f"{dest} is ready, compared on {report.rows}.", "success")
     return ready + table_html("Compared with PyTorch", ["figure", "measured"], rows)
 
-# %% ../../nbs/app/583_dashboard_models.ipynb #e92fb0e0
+# %% ../../nbs/app/583_dashboard_models.ipynb #2c02acec
 class ModelsInputs:
     "What the page asks for."
 
@@ -143,7 +143,7 @@ class ModelsInputs:
         bots = {Path(path).name: path for path in self.desk.folder.references() if Path(path).is_dir()}
         self.bot.param.update(options=bots, value=self.bot.value if self.bot.value in bots.values() else next(iter(bots.values()), None))
 
-# %% ../../nbs/app/583_dashboard_models.ipynb #2b0d2c66
+# %% ../../nbs/app/583_dashboard_models.ipynb #6fb81089
 class ModelsMoves(ModelsInputs):
     "What moves aliases and deletes; all of it needs the right to work, and is refused by the registry where it cannot be."
 
@@ -182,7 +182,7 @@ class ModelsMoves(ModelsInputs):
         "Show what is registered now."
         raise TypeError(f"{type(self).__name__} shows nothing")
 
-# %% ../../nbs/app/583_dashboard_models.ipynb #60c3a329
+# %% ../../nbs/app/583_dashboard_models.ipynb #9a4cf9a7
 class ModelsActions(ModelsMoves):
     "What looks at bots, and what takes long."
 
@@ -220,7 +220,7 @@ class ModelsActions(ModelsMoves):
             raise BotError("There is no bot in the folder: train one on the page Train.")
         self.work(f"Registering {Path(self.bot.value).name}", add, self.bot.value, self.new_name.value.strip(), self.note.value)
 
-# %% ../../nbs/app/583_dashboard_models.ipynb #a0127050
+# %% ../../nbs/app/583_dashboard_models.ipynb #22497ccd
 class ModelsPage(ModelsActions):
     "The page."
 

@@ -6,7 +6,7 @@
 __all__ = ['UNSET', 'COLOURS', 'DASHES', 'Line', 'Pulse', 'job_html', 'JobView', 'beside', 'widget_for', 'value_in', 'FormView',
            'placed', 'figure_of', 'CurvesView']
 
-# %% ../../nbs/app/580_dashboard_parts.ipynb #3e09f19c
+# %% ../../nbs/app/580_dashboard_parts.ipynb #013004cb
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from html import escape
@@ -19,7 +19,7 @@ from .dashboard_views import html_pane, notice_html, toolkit
 from .form_fields import FormCheck, FormField, to_text
 from ..core.config import Config
 
-# %% ../../nbs/app/580_dashboard_parts.ipynb #5c12d1a8
+# %% ../../nbs/app/580_dashboard_parts.ipynb #1d7fbb43
 class Pulse:
     "Calls something again and again while it is wanted and the visit lasts."
 
@@ -31,6 +31,7 @@ class Pulse:
     ) -> None:
         self.desk, self.call, self.milliseconds = desk, call, milliseconds
         self.clock: Any = None
+        self.document = toolkit()[0].state.curdoc
         desk.on_close(self.stop)
 
     @property
@@ -43,6 +44,13 @@ class Pulse:
         panel, _ = toolkit()
         if self.clock is None and panel.state.curdoc is not None:
             self.clock = panel.state.add_periodic_callback(self._beat, period=self.milliseconds)
+
+    def soon(self) -> None:
+        "Once, as soon as the page may be changed: after waiting, a callback does not hold the page's lock any more."
+        if self.document is None:
+            self.call()
+        else:
+            self.document.add_next_tick_callback(self._beat)
 
     def _beat(self) -> None:
         try:
@@ -58,7 +66,7 @@ class Pulse:
             self.clock.stop()
             self.clock = None
 
-# %% ../../nbs/app/580_dashboard_parts.ipynb #c7983d13
+# %% ../../nbs/app/580_dashboard_parts.ipynb #43c0d6d9
 def job_html(job: Job) -> str:
     "How a job stands: its title, a bar, and how long it has taken."
     far = f"{job.done:,} of {job.total:,}, " if job.total else ""
@@ -66,7 +74,7 @@ def job_html(job: Job) -> str:
     return (f"<p role='status'>{escape(job.title)} …</p><progress style='width:100%' aria-label='{escape(job.title, quote=True)}'{known}>"
             f"</progress><p class='quiet'>{far}{job.seconds:.0f} s</p>")
 
-# %% ../../nbs/app/580_dashboard_parts.ipynb #32a69e89
+# %% ../../nbs/app/580_dashboard_parts.ipynb #214d8ea8
 class JobView:
     "A job with a button that ends it; when it is over, the page gets what came of it."
 
@@ -111,7 +119,7 @@ class JobView:
         if job.status == "done":
             self.result(job.result)
 
-# %% ../../nbs/app/580_dashboard_parts.ipynb #ee127cf8
+# %% ../../nbs/app/580_dashboard_parts.ipynb #8c86c160
 UNSET = "(unset)"
 
 
@@ -153,7 +161,7 @@ def value_in(field: FormField, widget: Any) -> Any:
         return None
     return widget.value if widget.value is not None else ""
 
-# %% ../../nbs/app/580_dashboard_parts.ipynb #4f57b7ee
+# %% ../../nbs/app/580_dashboard_parts.ipynb #1572542b
 class FormView:
     "Some settings as a form."
 
@@ -188,7 +196,7 @@ class FormView:
                                     color="error" if words else "primary")
         return sum(field.key in check.errors for field in self.fields)
 
-# %% ../../nbs/app/580_dashboard_parts.ipynb #8a4fa052
+# %% ../../nbs/app/580_dashboard_parts.ipynb #5a96ec3c
 def placed(
     cfg: Config,  # as it was filled in
     root: Path,  # the dashboard's folder
@@ -202,7 +210,7 @@ def placed(
                     tokenizer=there(cfg.model.tokenizer) if cfg.model.tokenizer else None)
     return replace(cfg, data=data, model=model, training=replace(cfg.training, output_dir=str(root.resolve() / cfg.training.output_dir)))
 
-# %% ../../nbs/app/580_dashboard_parts.ipynb #f548d105
+# %% ../../nbs/app/580_dashboard_parts.ipynb #4d2a4ad8
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#8c6bb1", "#7f7f7f")  # told apart by the colour-blind
 DASHES = ("solid", "dashed", "dotted", "dotdash")
 Line = Sequence[tuple[int, float]]  # step and value
@@ -231,7 +239,7 @@ def figure_of(
         plot.legend.update(location="top_right", click_policy="hide", background_fill_alpha=0.6, label_text_font_size="9pt")
     return plot, sources
 
-# %% ../../nbs/app/580_dashboard_parts.ipynb #1edc329e
+# %% ../../nbs/app/580_dashboard_parts.ipynb #c7f335f6
 class CurvesView:
     "Curves over each other, which grow."
 

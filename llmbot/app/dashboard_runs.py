@@ -6,7 +6,7 @@
 __all__ = ['LEAD', 'NOTHING', 'BEST', 'SOURCES', 'standing', 'labels_of', 'RunsInputs', 'read_all', 'drawn', 'comparison_html',
            'RunsPage', 'runs_page']
 
-# %% ../../nbs/app/582_dashboard_runs.ipynb #9544c164
+# %% ../../nbs/app/582_dashboard_runs.ipynb #fd874ea5
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -21,7 +21,7 @@ from .run_records import smoothed, state_of
 from ..core.errors import LLMBotError
 from ..monitoring.tracker_records import Curves
 
-# %% ../../nbs/app/582_dashboard_runs.ipynb #680f3f3b
+# %% ../../nbs/app/582_dashboard_runs.ipynb #d35a7d87
 LEAD = "Lay curves over each other, compare numbers, and see what was set differently."
 NOTHING = empty_html("There are no runs in the folder", "Start one on the page Train, or with 'llmbot train' below this folder.")
 BEST = "the run's own"  # record that is read when none is chosen
@@ -47,7 +47,7 @@ def labels_of(
     names = [run.name for run in runs]
     return {run.name if names.count(run.name) == 1 else f"{run.name} ({run.directory.parent.relative_to(root)})": run for run in runs}
 
-# %% ../../nbs/app/582_dashboard_runs.ipynb #898fbc49
+# %% ../../nbs/app/582_dashboard_runs.ipynb #2cbd071c
 class RunsInputs:
     "What the page asks for."
 
@@ -80,7 +80,7 @@ class RunsInputs:
         "The runs that are chosen, by label."
         return {label: self.runs[label] for label in self.chosen.value if label in self.runs}
 
-# %% ../../nbs/app/582_dashboard_runs.ipynb #ea9e86b3
+# %% ../../nbs/app/582_dashboard_runs.ipynb #78898259
 def read_all(
     runs: Mapping[str, RunRecord],  # by label
     source: str | None,  # a record, as in `read_curves`
@@ -120,7 +120,7 @@ def comparison_html(
     plain = [[str(cell) if isinstance(cell, list | dict) else cell for cell in row] for row in rows]
     return "".join(parts) + (table_html("Settings that differ", columns, plain, "They were told the same.") if len(runs) > 1 else "")
 
-# %% ../../nbs/app/582_dashboard_runs.ipynb #505663a5
+# %% ../../nbs/app/582_dashboard_runs.ipynb #5c3c9d05
 class RunsPage(RunsInputs):
     "The page."
 

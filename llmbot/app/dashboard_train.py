@@ -7,7 +7,7 @@ __all__ = ['USUAL', 'FRESH', 'KINDS', 'NEW', 'LEAD', 'NOTHING', 'usual_keys', 'f
            'RecipeChecks', 'RecipeEditor', 'standing_html', 'log_html', 'LiveActions', 'LiveQuestions', 'LiveView',
            'plan_html', 'runs_of', 'TrainWork', 'TrainRuns', 'TrainPage', 'train_page']
 
-# %% ../../nbs/app/585_dashboard_train.ipynb #e2396f05
+# %% ../../nbs/app/585_dashboard_train.ipynb #57c38e22
 import asyncio
 import tempfile
 from collections.abc import Callable, Mapping
@@ -30,7 +30,7 @@ from ..core.config_io import RECIPES, load_config
 from ..core.errors import ConfigError, LLMBotError
 from ..monitoring.tracker_records import from_history
 
-# %% ../../nbs/app/585_dashboard_train.ipynb #8bbf6271
+# %% ../../nbs/app/585_dashboard_train.ipynb #1e8027d2
 USUAL = ("model.base", "data.train", "training.output_dir", "training.learning_rate", "training.max_steps", "training.max_minutes",
          "training.num_train_epochs", "training.per_device_batch_size", "data.max_seq_length", "data.validation_split")  # fmt: skip
 
@@ -66,7 +66,7 @@ def read_text(text: str) -> Config:
         except ConfigError as exc:
             raise ConfigError(str(exc).replace(str(path), "the recipe")) from exc
 
-# %% ../../nbs/app/585_dashboard_train.ipynb #dc431507
+# %% ../../nbs/app/585_dashboard_train.ipynb #e0e7a9f2
 class RecipeChecks:
     "What a recipe's form shows and says."
 
@@ -107,7 +107,7 @@ class RecipeChecks:
         "What the form says, or what it began with where the form is wrong."
         return self.checked(None).config or self.start
 
-# %% ../../nbs/app/585_dashboard_train.ipynb #dc3bb48f
+# %% ../../nbs/app/585_dashboard_train.ipynb #eaffadb4
 class RecipeEditor(RecipeChecks):
     "A recipe as a form and as text."
 
@@ -149,7 +149,7 @@ class RecipeEditor(RecipeChecks):
         self.text.value = recipe_text(check.config)
         return placed(check.config, self.desk.folder.root)
 
-# %% ../../nbs/app/585_dashboard_train.ipynb #8586a9ac
+# %% ../../nbs/app/585_dashboard_train.ipynb #93b9841c
 FRESH = 1000  # milliseconds between two looks at a run
 KINDS = {"finished": "success", "failed": "error", "interrupted": "warning", "paused": "warning"}
 
@@ -175,12 +175,13 @@ def log_html(lines: list[str]) -> str:
     text = escape("\n".join(lines)) or "Nothing has been printed yet."
     return f"<h2>Log</h2><pre tabindex='0' role='region' aria-label='Log' style='max-height:16rem;overflow:auto'>{text}</pre>"
 
-# %% ../../nbs/app/585_dashboard_train.ipynb #1f99405f
+# %% ../../nbs/app/585_dashboard_train.ipynb #95112d9a
 class LiveActions:
     "What one can ask of a run. Each needs the right to work; what the run refuses is told with its reason."
 
     desk: Desk
     run: LiveRun | None = None
+    pulse: Pulse  # shows how the run stands
 
     async def ask(self, do: Callable[[LiveRun], Any], told: str) -> Any:
         "Ask something of the run, and say that it was done. Raises `ForbiddenError` and `TrainingError`."
@@ -189,7 +190,7 @@ class LiveActions:
             raise ConfigError("There is no run: start one, or choose one.")
         found = await asyncio.to_thread(do, self.run)
         self.desk.tell(told, "success")
-        self.refresh()
+        self.pulse.soon()
         return found
 
     async def pause(self, *events: Any) -> None:
@@ -211,11 +212,7 @@ class LiveActions:
         "End early, with a bot."
         await self.ask(LiveRun.finish, "The run ends now, and its bot is written.")
 
-    def refresh(self) -> None:
-        "Show how the run stands."
-        raise TypeError(f"{type(self).__name__} shows nothing")
-
-# %% ../../nbs/app/585_dashboard_train.ipynb #9bdc2bdb
+# %% ../../nbs/app/585_dashboard_train.ipynb #dbbd221e
 class LiveQuestions(LiveActions):
     "What one asks of a run with a value."
 
@@ -236,7 +233,7 @@ class LiveQuestions(LiveActions):
         said = await self.ask(lambda run: run.sample(self.prompt.value), "The model has answered.")
         self.answer.object = f"<h2>Its answer now</h2><pre>{escape(said)}</pre>"
 
-# %% ../../nbs/app/585_dashboard_train.ipynb #084b4982
+# %% ../../nbs/app/585_dashboard_train.ipynb #b0e7765f
 class LiveView(LiveQuestions):
     "A run that is watched."
 
@@ -264,7 +261,7 @@ class LiveView(LiveQuestions):
         if run is None:
             self.pulse.stop()
         else:
-            self.refresh()
+            self.pulse.soon()
             self.pulse.start()
 
     def refresh(self) -> None:
@@ -277,7 +274,7 @@ class LiveView(LiveQuestions):
         self.rates.draw({"learning rate": curves.get("train/learning_rate", [])})
         self.log.object = log_html(self.run.log(60))
 
-# %% ../../nbs/app/585_dashboard_train.ipynb #47d0e74c
+# %% ../../nbs/app/585_dashboard_train.ipynb #89a4df00
 NEW = "A new run"
 LEAD = "A run goes on when you close the browser, and is found again here."
 NOTHING = empty_html("No run is on", "Fill in the recipe, check it, and press Start. It needs data, and a bot to begin with or the preset "
@@ -304,7 +301,7 @@ def runs_of(root: Path) -> Mapping[str, LiveRun]:  # label -> run; those that ar
     found = sorted(set(run_directories(root)) | set(on), key=lambda path: (path not in on, str(path)))
     return {f"{path.relative_to(root)}{' (on)' if path in on else ''}".replace(".run", ""): LiveRun(path) for path in found}
 
-# %% ../../nbs/app/585_dashboard_train.ipynb #235efe97
+# %% ../../nbs/app/585_dashboard_train.ipynb #66c2b8e0
 class TrainWork:
     "What is done with a recipe before a run. All of it needs the right to work."
 
@@ -337,7 +334,7 @@ class TrainWork:
         "Show what came of a look at the data, or of a plan."
         self.result.object = found if isinstance(found, str) else report_html(found)
 
-# %% ../../nbs/app/585_dashboard_train.ipynb #fd71d0ed
+# %% ../../nbs/app/585_dashboard_train.ipynb #1cbca246
 class TrainRuns(TrainWork):
     "Which run is shown, and the start of one."
 
@@ -368,7 +365,7 @@ class TrainRuns(TrainWork):
         self.find()
         self.chosen.value = next(label for label, one in self.runs.items() if one.run_dir.resolve() == run.run_dir.resolve())
 
-# %% ../../nbs/app/585_dashboard_train.ipynb #f9c36ad8
+# %% ../../nbs/app/585_dashboard_train.ipynb #817448ed
 class TrainPage(TrainRuns):
     "The page."
 
