@@ -97,7 +97,7 @@ class Chat:
 
     def __init__(self, desk: Desk) -> None:
         _, material = toolkit()
-        self.desk, self.talk, self.view = desk, Talk(desk), transcript_class()()
+        self.desk, self.talk, self.view = desk, Talk(desk), transcript_class()(closed=True, status="The page is being loaded.")
         self.bots, self.sampling, self.sharing = Bots(desk), Sampling(desk.place.live.current.serving), Sharing()
         self.ballot = Ballot(desk.folder.votes, desk.folder.ratings)
         self.rated, self.notes, self.start = dict[int, bool](), dict[int, str](), 0
@@ -328,12 +328,11 @@ def chat_page(desk: Desk) -> Any:
     "The page *Chat* of a visitor."
     panel, material = toolkit()
     chat = Chat(desk)
-    wide = {"sizing_mode": "stretch_width", "margin": (4, 8), "collapsed": True}
+    more = [("System prompt and sampling", chat.sampling.view()), ("Share these settings", chat.sharing.view)]
     view = panel.Column(
         html_pane(heading_html("Chat")), chat.bots.view(),
         panel.FlexBox(chat.history, chat.new, chat.delete, align_items="center"), chat.empty, chat.view,
-        material.Card(chat.sampling.view(), title="System prompt and sampling", **wide),
-        material.Card(chat.sharing.view, title="Share these settings", **wide), sizing_mode="stretch_width")
+        material.Accordion(*more, sizing_mode="stretch_width", margin=(4, 8)), sizing_mode="stretch_width")
 
     async def start() -> None:
         given = settings_from(desk.arguments)
@@ -344,8 +343,9 @@ def chat_page(desk: Desk) -> Any:
 
     async def first() -> None:
         await guarded(desk, start)()
+        chat.view.status = ""
         await shown(chat)
 
-    run(chat, first)
+    panel.state.onload(first)  # what is changed before that does not reach the browser
     panel.state.add_periodic_callback(chat.bots.refresh, 5000)
     return view

@@ -1,0 +1,469 @@
+"""The dashboard in a real browser: signing in, the pages Chat and Server, and the files of votes.
+
+With LLMBOT_SCREENSHOTS=DIR the pictures of the documentation are written there.
+"""
+
+import asyncio
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncGenerator, Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import pytest
+from tiny_bots import GatedBackend, make_bot
+
+from llmbot.app.dashboard_mount import beside_api, running_dashboard
+from llmbot.app.dashboard_pages import Workplace
+from llmbot.core.config import Config, DataConfig, ModelConfig, ServingConfig
+from llmbot.core.data_formats import recognise
+from llmbot.core.data_processor import prepare_data
+from llmbot.core.data_reader import read_rows
+from llmbot.core.model_manager import load_bot
+from llmbot.core.preflight import preflight
+from llmbot.serving.api_server import running_server
+from llmbot.serving.backends import register_backend
+from llmbot.serving.conversations import create
+from llmbot.serving.sampling_params import Chunk, GenerationRequest
+
+pytest.importorskip("panel", reason="the dashboard needs the extra 'dashboard'")
+pytest.importorskip("playwright", reason="tests in a browser need playwright")
+from playwright.sync_api import expect  # noqa: E402
+
+expect.set_options(timeout=60_000)
+
+if TYPE_CHECKING:
+    from conftest import NetworkLog
+    from playwright.sync_api import Browser, BrowserContext, Locator, Page
+
+pytestmark = [pytest.mark.browser, pytest.mark.server]
+USER, ADMIN = "the-key-of-users", "the-key-of-admins"
+Record = Callable[["BrowserContext"], "NetworkLog"]
+PAIR = [{"role": "user", "content": "What is 12 + 30?"}]
+ELEMENTS = """() => {
+  const count = root => [...root.querySelectorAll("*")].reduce((n, e) => n + 1 + (e.shadowRoot ? count(e.shadowRoot) : 0), 0)
+  return count(document)
+}"""
+
+
+@register_backend("scripted")
+class ScriptedBackend(GatedBackend):
+    "Says the words of `words` over and over, one each step while the gate is open."
+
+    name = "scripted"
+    words = ["word "]
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
+        count = 0
+        async for chunk in super().generate(request):
+            yield dataclasses.replace(chunk, text=self.words[count % len(self.words)])
+            count += 1
+            await asyncio.sleep(0.005)  # the pace of a model, so that there is something to stop
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    "A folder with two bots."
+    root = tmp_path_factory.mktemp("dashboard")
+    for seed, name in enumerate(("alice", "bob"), 1):
+        make_bot(root / "bots", name, seed)
+    return root
+
+
+@pytest.fixture(scope="module")
+def team(folder: Path) -> Iterator[str]:
+    "The API with keys, and the dashboard beside it."
+    models = [str(folder / "bots" / name) for name in ("alice", "bob")]
+    serving = ServingConfig(models=models, port=0, temperature=0, max_new_tokens=8, token=USER, admin_token=ADMIN,
+                            conversations_url=f"sqlite:///{folder}/team.db", rate_limit="500/hour")
+    with running_server(Config(model=ModelConfig(device="cpu"), serving=serving), around=beside_api(folder)) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> Iterator[tuple[str, Workplace]]:
+    "The dashboard alone, without keys, on a bot whose words are known."
+    serving = ServingConfig(models=[str(folder / "bots" / "alice")], port=0, backend="scripted", max_new_tokens=6,
+                            conversations_url=f"sqlite:///{folder}/alone.db")
+    GatedBackend.gate.set()
+    with running_dashboard(Config(model=ModelConfig(device="cpu"), serving=serving), folder) as (url, place):
+        yield url, place
+        GatedBackend.gate.set()
+
+
+@pytest.fixture
+def context(browser: "Browser", network_log: Record) -> "Iterator[BrowserContext]":
+    "A browser of its own for each test, whose requests may not leave this machine, and whose pages may not fail."
+    made = browser.new_context(viewport={"width": 1100, "height": 850})
+    made.set_default_timeout(60_000)
+    network_log(made)
+    yield made
+    made.close()
+
+
+def enter(context: "BrowserContext", url: str, key: str = "", page: str = "chat") -> "Page":
+    "Open a page of the dashboard, and sign in where a key is given."
+    shown = context.new_page()
+    shown.on("pageerror", lambda error: pytest.fail(f"a script of the page failed: {error}"))
+    shown.goto(f"{url}?page={page}")
+    if key:
+        shown.get_by_label("Key").fill(key)
+        shown.get_by_role("button", name="Sign in").click()
+        if page != "chat":
+            shown.get_by_role("button", name=page.title()).click()
+    shown.get_by_role("heading", name=page.title(), exact=True).wait_for()
+    return shown
+
+
+def message(page: "Page") -> "Locator":
+    return page.get_by_role("textbox", name="Message (Enter")
+
+
+def send(page: "Page", text: str) -> None:
+    "Send a message with Enter, when the page is ready to take it."
+    expect(page.get_by_role("button", name="Send")).to_be_enabled()
+    message(page).fill(text)
+    message(page).press("Enter")
+
+
+def say(page: "Page", text: str, until: str = "The answer is complete.") -> None:
+    "Send a message with Enter and wait for the end of its answer."
+    send(page, text)
+    page.get_by_role("article", name="You").filter(has_text=text).last.wait_for()
+    page.get_by_text(until).wait_for()
+
+
+def kept(url: str, key: str) -> list[dict[str, Any]]:
+    "The conversations of a key as the API has them, the last changed first."
+    with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {key}"}) as api:
+        found = api.get("/conversations").json()["conversations"]
+        return [api.get(f"/conversations/{one['id']}").json() for one in found]
+
+
+def picture(page: "Page", name: str) -> None:
+    "Keep a picture for the documentation, where one is asked for."
+    if where := os.environ.get("LLMBOT_SCREENSHOTS"):
+        page.wait_for_timeout(400)  # of the theme's change of colours, and of nothing that is tested
+        page.screenshot(path=Path(where, f"{name}.png"), type="png")
+
+
+# --- chat --------------------------------------------------------------------------------------------------------------
+
+def test_a_key_is_asked_for(team: str, context: "BrowserContext") -> None:
+    "Without a key there is no page and no websocket; with a wrong one neither; a right one stays in the cookie over a reload."
+    url = f"{team}/ui"
+    assert httpx.get(url).status_code == 401
+    assert httpx.get(url, headers={"x-llmbot-key": "admin", "x-llmbot-admin": "1"}).status_code == 401
+    upgrade = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13",
+               "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ==", "Sec-WebSocket-Protocol": "bokeh, x"}
+    assert httpx.get(f"{url}/ws", headers=upgrade).status_code == 403
+    assert httpx.get(f"{url}/ws", headers={**upgrade, "Authorization": f"Bearer {ADMIN}", "Origin": "http://evil.test"}).status_code == 403
+    page = context.new_page()
+    page.goto(url)
+    page.get_by_label("Key").fill("a-wrong-key")
+    page.get_by_role("button", name="Sign in").click()
+    assert page.get_by_role("alert").inner_text() == "This key is wrong."
+    page.get_by_label("Key").fill(USER)
+    page.get_by_role("button", name="Sign in").click()
+    message(page).wait_for()
+    page.reload()
+    message(page).wait_for()
+    assert USER not in page.content()
+    assert page.evaluate("document.cookie") == ""  # no script can read it
+    page.get_by_role("button", name="Sign out").click()
+    page.get_by_label("Key").wait_for()
+
+
+def test_chat(team: str, context: "BrowserContext") -> None:
+    "Ask, answer again, edit and branch, reload, reopen, delete; the oracle is the API's own answer and its store."
+    page = enter(context, f"{team}/ui", USER)
+    say(page, "What is 12 + 30?")
+    asked = httpx.post(f"{team}/chat", json={"messages": PAIR}, headers={"Authorization": f"Bearer {USER}"}, timeout=60).json()
+    one, = kept(team, USER)
+    assert one["messages"] == [*PAIR, asked["message"]]
+    assert page.get_by_text("8 tokens · ").count() == 1
+    page.get_by_role("button", name="Answer again").click()
+    page.get_by_text("The bot is answering.").wait_for()
+    page.get_by_text("The answer is complete.").wait_for()
+    assert kept(team, USER)[0]["messages"] == one["messages"]  # temperature 0: the same answer, in the place of the old one
+    say(page, "And then?")
+    page.get_by_role("button", name="Edit and ask anew").last.click()
+    expect(message(page)).to_have_value("And then?")
+    say(page, "Why?")
+    newest, oldest = kept(team, USER)
+    assert [m["content"] for m in oldest["messages"]][::2] == ["What is 12 + 30?", "And then?"]
+    assert [m["content"] for m in newest["messages"]][::2] == ["What is 12 + 30?", "Why?"]
+    page.reload()
+    page.get_by_label("Earlier conversations").click()
+    page.get_by_role("menuitem").filter(has_text="What is 12").last.click()
+    page.get_by_role("article", name="You").filter(has_text="And then?").wait_for()
+    page.get_by_role("button", name="Delete").click()
+    page.get_by_role("article").first.wait_for(state="detached")
+    assert [c["id"] for c in kept(team, USER)] == [newest["id"]]
+
+
+def test_settings_come_from_the_address_and_go_into_one(team: str, context: "BrowserContext") -> None:
+    page = context.new_page()
+    page.goto(f"{team}/ui/sign-in")
+    page.get_by_label("Key").fill(ADMIN)
+    page.get_by_role("button", name="Sign in").click()
+    message(page).wait_for()
+    page.goto(f"{team}/ui?page=chat&model=bob&max_new_tokens=3&system=Be+brief.")
+    message(page).wait_for()
+    say(page, "Hi there")
+    talk = kept(team, ADMIN)[0]
+    assert (talk["model"], talk["messages"][0]) == ("bob", {"role": "system", "content": "Be brief."})
+    assert page.get_by_text("3 tokens").count() == 1
+    page.get_by_role("button", name="Share these settings").click()
+    page.get_by_role("button", name="Show the settings as they are now").click()
+    address = page.get_by_label("Address of this page")
+    address.wait_for()
+    expect(address).to_have_value(f"{team}/ui?page=chat&model=bob&system=Be+brief.&max_new_tokens=3")
+    expect(page.get_by_label("YAML")).to_have_value("model: bob\nsystem: Be brief.\nmax_new_tokens: 3\n")
+
+
+def test_two_browsers_keep_separate_chats(team: str, browser: "Browser", context: "BrowserContext", network_log: Record) -> None:
+    "At the same time, with different keys: neither sees the other's words, on the page or in the list."
+    other = browser.new_context()
+    network_log(other)
+    ann, bob = enter(context, f"{team}/ui", USER), enter(other, f"{team}/ui", ADMIN)
+    for page, word in ((ann, "apples"), (bob, "pears")):
+        send(page, f"Tell me of {word}")
+    for page, mine, theirs in ((ann, "apples", "pears"), (bob, "pears", "apples")):
+        page.get_by_text("The answer is complete.").wait_for()
+        assert page.get_by_text(f"Tell me of {mine}").count() >= 1
+        assert page.get_by_text(f"Tell me of {theirs}").count() == 0
+    for key, mine, theirs in ((USER, "apples", "pears"), (ADMIN, "pears", "apples")):
+        words = json.dumps(kept(team, key))
+        assert mine in words
+        assert theirs not in words
+    other.close()
+
+
+def test_an_answer_streams_and_stops(alone: tuple[str, Workplace], context: "BrowserContext") -> None:
+    "At least three partial texts are seen before the end; Esc ends the answer and keeps what was said."
+    url, place = alone
+    page = enter(context, url)
+    page.get_by_role("button", name="System prompt and sampling").click()
+    page.get_by_label("Longest answer").fill("900")
+    page.get_by_label("Longest answer").press("Tab")
+    GatedBackend.gate.clear()
+    send(page, "Go on and on")
+    page.get_by_text("The bot is answering.").wait_for()
+    answer, seen = page.get_by_role("article", name="Bot").last, set[int]()
+    while len(seen) < 4:
+        GatedBackend.gate.set()
+        time.sleep(0.02)
+        GatedBackend.gate.clear()
+        seen.add(answer.inner_text().count("word"))
+    page.keyboard.press("Escape")
+    page.get_by_text("The answer was stopped.").wait_for()
+    GatedBackend.gate.set()
+    said = answer.inner_text().count("word")
+    assert max(seen) <= said < 900
+    assert page.get_by_text("stopped").count() >= 1
+    say(page, "And now?", until="cut off at its longest")
+    store = place.conversations.store()
+    page.get_by_label("Earlier conversations").wait_for()
+    with store.begin() as connection:
+        rows = connection.exec_driver_sql("SELECT message FROM llmbot_messages WHERE position = 1").all()
+    assert any(json.loads(row[0])["content"].count("word") == said for row in rows)
+
+
+def test_a_script_in_an_answer_is_text(alone: tuple[str, Workplace], context: "BrowserContext") -> None:
+    attack = ["<script>window.pwned = 1</script> ", "<img src=x onerror='window.pwned = 1'> ", "![x](http://192.0.2.1/x.png) ",
+              "[y](javascript:window.pwned=1) ", "**bold** ", "<iframe srcdoc='<script>parent.pwned = 1</script>'></iframe> "]
+    page = enter(context, alone[0])
+    ScriptedBackend.words = attack
+    try:
+        say(page, "Attack")
+    finally:
+        ScriptedBackend.words = ["word "]
+    answer = page.get_by_role("article", name="Bot").last
+    text = answer.inner_text()
+    for part in ("<script>window.pwned = 1</script>", "<img src=x", "[image: x, http://192.0.2.1/x.png]", "<iframe srcdoc="):
+        assert part in text
+    assert answer.locator("strong").inner_text() == "bold"  # what is meant as Markdown is formatted
+    assert answer.locator("script, img, iframe, a").count() == 0
+    assert page.evaluate("window.pwned === undefined")
+
+
+def test_a_long_conversation_stays_usable(alone: tuple[str, Workplace], context: "BrowserContext") -> None:
+    "Of 2,000 messages the last are drawn, more on demand; the number of elements is bounded, and one can go on."
+    url, place = alone
+    said = [(role, text.format(i)) for i in range(1000) for role, text in (("user", "question {}"), ("assistant", "*answer* {}"))]
+    create(place.conversations.store(), "local", None, [{"role": role, "content": text} for role, text in said])
+    page = enter(context, url)
+    page.get_by_label("Earlier conversations").click()
+    page.get_by_role("menuitem").filter(has_text="question 0").click()
+    articles = page.get_by_role("article")
+    page.get_by_text("answer 999").wait_for()
+    assert articles.count() == 30
+    few = page.evaluate(ELEMENTS)
+    page.get_by_role("button", name="Show earlier messages (1970)").click()
+    page.get_by_text("answer 970").wait_for()
+    assert articles.count() == 60
+    assert page.evaluate(ELEMENTS) < few + 30 * 20
+    assert few < 3000
+    say(page, "And a last one?")
+    assert articles.count() == 30
+    page.get_by_text("messages had no room in the prompt").wait_for()
+    page.get_by_role("button", name="Delete").click()
+    articles.first.wait_for(state="detached")
+
+
+def test_votes_become_data_for_dpo(team: str, folder: Path, context: "BrowserContext") -> None:
+    "Two bots side by side, blind; a vote; thumbs up and down. What is written is what the data reader and the DPO preflight take."
+    page = enter(context, f"{team}/ui", USER)
+    page.get_by_label("Beside it").click()
+    page.get_by_role("menuitem", name="bob").click()
+    page.get_by_label("Hide names").wait_for()
+    for i in range(3):
+        send(page, f"Once upon a time {i}")
+        page.get_by_text("Which answer is better?").wait_for()
+        pair = page.get_by_role("article", name="Bot").last
+        assert [pair.get_by_text(f"Answer {x}").count() for x in "AB"] == [1, 1]
+        assert pair.get_by_text("alice").count() + pair.get_by_text("bob").count() == 0
+        page.get_by_role("button", name=f"The {'left' if i else 'right'} is better").click()
+        page.get_by_text("Your vote is kept for DPO.").wait_for()
+    assert page.get_by_text("The left was").count() == 1
+    rows = [row.record for row in read_rows([str(folder / "votes.jsonl")])]
+    assert {recognise(row) for row in rows} == {"preference"}
+    assert [len(row["prompt"]) for row in rows] == [1, 3, 5]
+    talk = kept(team, USER)[0]["messages"]
+    assert [row["chosen"][0] for row in rows] == talk[1::2]  # the better answer stays in the conversation
+    assert {(row["meta"]["chosen_bot"], row["meta"]["rejected_bot"]) for row in rows} <= {("alice", "bob"), ("bob", "alice")}
+    chat = load_bot(folder / "bots" / "alice").chat
+    data = DataConfig(train=[str(folder / "votes.jsonl")], validation_split=0, cache_dir=str(folder / "cache"))
+    report = preflight(prepare_data(data, chat, kind="preference", max_seq_length=512, packing=False), chat)
+    assert (report.data.rows_read, len(report.data.dropped), report.errors) == (3, 0, [])
+    page.get_by_role("button", name="Good answer").last.click()
+    page.get_by_text("Kept.").wait_for()
+    page.get_by_role("button", name="Good answer", pressed=True).wait_for()
+    rating, = [row.record for row in read_rows([str(folder / "ratings.jsonl")])]
+    assert (recognise(rating), rating["label"], rating["messages"]) == ("preference", True, talk)
+    assert USER not in (folder / "votes.jsonl").read_text() + (folder / "ratings.jsonl").read_text()
+
+
+# --- server ------------------------------------------------------------------------------------------------------------
+
+def test_server_page(team: str, context: "BrowserContext") -> None:
+    "What it shows is what /stats says; only an administrator's key has actions, and the API refuses the others by itself."
+    user, admin = ({"Authorization": f"Bearer {key}"} for key in (USER, ADMIN))
+    httpx.post(f"{team}/chat", json={"messages": PAIR}, headers=user, timeout=60)
+    page = enter(context, f"{team}/ui", USER, "server")
+    page.get_by_role("table", name="Bots").wait_for()
+    stats = httpx.get(f"{team}/stats", headers=user).json()
+    facts = dict(zip(page.locator("dt").all_inner_texts(), page.locator("dd").all_inner_texts(), strict=True))
+    assert (facts["requests"], facts["complete"]) == (str(stats["total"]["requests"]), str(stats["total"]["completed"]))
+    assert page.get_by_role("row").filter(has_text="whole answer").count() == 1
+    assert page.get_by_role("row").filter(has_text="default").filter(has_text="500 per 1 hour").count() == 1
+    assert page.get_by_text("Administration").count() == 0
+    assert httpx.patch(f"{team}/admin/config", json={"serving.top_p": 0.5}, headers=user).status_code == 403
+    page.get_by_role("button", name="Sign out").click()
+    page = enter(context, f"{team}/ui", ADMIN, "server")
+    page.get_by_role("heading", name="Administration").wait_for()
+    page.get_by_label("Setting").click()
+    page.get_by_role("menuitem", name="serving.top_p").click()
+    for value, told in (("7", "serving.top_p"), ("0.5", "serving.top_p is 0.5 now.")):
+        page.get_by_label("New value").fill(value)
+        page.get_by_role("button", name="Change").click()
+        page.locator(".notice").filter(has_text=told).last.wait_for()
+    assert httpx.get(f"{team}/admin/config", headers=admin).json()["config"]["serving"]["top_p"] == 0.5
+    page.get_by_label("Bot", exact=True).click()
+    page.get_by_role("menuitem", name="bob").click()
+    for name, state in (("Load", "loaded"), ("Unload", "unloaded")):
+        page.get_by_role("button", name=name, exact=True).click()
+        page.get_by_role("row").filter(has_text="bob").filter(has_text=state).wait_for()
+        assert httpx.get(f"{team}/stats", headers=user).json()["models"]["bob"]["state"] == state
+
+
+def test_nothing_is_left_of_a_visitor_who_has_gone(alone: tuple[str, Workplace], browser: "Browser") -> None:
+    "bokeh-fastapi alone keeps the connections of closed browsers; the door takes them off."
+    gc = __import__("gc")
+    from bokeh_fastapi import BokehFastAPI
+
+    visit = browser.new_context()
+    enter(visit, alone[0])
+    apps = [found for found in gc.get_objects() if isinstance(found, BokehFastAPI)]
+    assert sum(len(app._clients) for app in apps) >= 1
+    visit.close()
+    limit = time.monotonic() + 20
+    while sum(len(app._clients) for app in apps):
+        assert time.monotonic() < limit, "a connection is left"
+        time.sleep(0.02)
+
+
+# --- for everybody -----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("page_name", ["chat", "server"])
+def test_accessible(team: str, context: "BrowserContext", faults: Callable[["Page"], list[str]], page_name: str) -> None:
+    "axe-core finds no serious fault, in light and dark, on a desk and on a telephone; there nothing is wider than the screen."
+    page = enter(context, f"{team}/ui", ADMIN, page_name)
+    if page_name == "chat":
+        say(page, "What is 12 + 30?")
+    else:
+        page.get_by_role("table", name="Bots").wait_for()
+    assert faults(page) == []
+    picture(page, f"dashboard_{page_name}")
+    page.set_viewport_size({"width": 400, "height": 800})
+    page.get_by_role("button", name="Open drawer").wait_for()
+    assert page.evaluate("document.documentElement.scrollWidth") <= 400
+    picture(page, f"dashboard_{page_name}_narrow")
+    page.get_by_role("button", name="Toggle theme").click()
+    page.wait_for_function("getComputedStyle(document.body).backgroundColor !== 'rgb(255, 255, 255)'")
+    page.mouse.move(200, 500)
+    assert faults(page) == []
+    picture(page, f"dashboard_{page_name}_narrow_dark")
+    page.set_viewport_size({"width": 1100, "height": 850})
+    page.get_by_role("button", name="Close drawer").wait_for()
+    picture(page, f"dashboard_{page_name}_dark")
+
+
+def test_sign_in_is_accessible(team: str, context: "BrowserContext", faults: Callable[["Page"], list[str]]) -> None:
+    page = context.new_page()
+    page.goto(f"{team}/ui")
+    assert faults(page) == []
+
+
+# --- without a browser -------------------------------------------------------------------------------------------------
+
+def test_several_writers_of_votes(tmp_path: Path) -> None:
+    "Every line of three processes is there, whole."
+    code = ("import sys\nfrom llmbot.app.votes import append_vote\nfor i in range(40):\n"
+            "    append_vote(sys.argv[1], [{'role': 'user', 'content': '?' * 3000}], f'{sys.argv[2]} {i}', 'no')")
+    path = tmp_path / "votes.jsonl"
+    writers = [subprocess.Popen([sys.executable, "-c", code, str(path), name]) for name in "abc"]
+    assert [writer.wait(timeout=120) for writer in writers] == [0, 0, 0]
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert sorted(row["chosen"][0]["content"] for row in rows) == sorted(f"{name} {i}" for name in "abc" for i in range(40))
+
+
+def test_serve_has_the_dashboard_when_asked(folder: Path) -> None:
+    "`llmbot serve --ui` as a process: the pages and the API behind the same key, and a clean end."
+    llmbot = str(Path(sys.executable).with_name("llmbot"))
+    env = {k: v for k, v in os.environ.items() if not k.startswith("LLMBOT_")} | {"LLMBOT_SERVING__TOKEN": USER}
+    command = [llmbot, "serve", str(folder / "bots" / "alice"), "--port", "0", "--ui", "--workspace", str(folder), "--json"]
+    served = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    try:
+        assert served.stdout is not None
+        url = json.loads(served.stdout.readline())["url"]
+        key = {"Authorization": f"Bearer {USER}"}
+        limit = time.monotonic() + 60
+        while True:
+            try:
+                statuses = [httpx.get(f"{url}{path}", headers=h).status_code for path in ("/ui", "/stats") for h in ({}, key)]
+                break
+            except httpx.TransportError:
+                assert time.monotonic() < limit
+                time.sleep(0.05)
+        assert statuses == [401, 200, 401, 200]
+    finally:
+        served.terminate()
+        assert served.wait(timeout=60) in (0, -signal.SIGTERM)  # uvicorn ends in peace, and then by the signal itself
