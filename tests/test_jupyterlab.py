@@ -1,0 +1,141 @@
+"""The widgets in a real JupyterLab, driven by a real browser."""
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from time import monotonic, sleep
+from typing import TYPE_CHECKING, Any
+
+import nbformat
+import pytest
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
+
+ROOT = Path(__file__).parents[1]
+TUTORIAL = ROOT / "nbs" / "tutorials" / "12_the_dashboard_and_the_widgets.ipynb"
+READY = """() => { const s = window.jupyterapp?.shell.currentWidget?.sessionContext
+                   return !!s && s.isReady && s.session?.kernel?.connectionStatus === 'connected' && s.session.kernel.status === 'idle' }"""
+
+
+def until(what: Callable[[], Any], seconds: float = 120) -> Any:
+    "Look until it is so."
+    begun = monotonic()
+    while not (found := what()):
+        assert monotonic() - begun < seconds, "it did not come about"
+        sleep(0.05)
+    return found
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    "JupyterLab on loopback with the tutorial, without its last part, which starts another server."
+    home = tmp_path_factory.mktemp("lab")
+    notebook = nbformat.read(TUTORIAL, as_version=4)
+    notebook.cells = [cell for cell in notebook.cells if "subprocess.Popen" not in cell.source]
+    nbformat.write(notebook, home / "tutorial.ipynb")
+    settings = home / "settings" / "@jupyterlab" / "notebook-extension"
+    settings.mkdir(parents=True)
+    (settings / "tracker.jupyterlab-settings").write_text('{"windowingMode": "none"}')
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--ip=127.0.0.1", f"--port={port}", "--IdentityProvider.token=",
+               "--LabApp.expose_app_in_browser=True", "--LabApp.news_url=None", f"--LabApp.user_settings_dir={home / 'settings'}",
+               f"--ServerApp.root_dir={home}", "--allow-root", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
+    env = os.environ | {"JUPYTER_CONFIG_DIR": str(home / "config"), "JUPYTER_DATA_DIR": str(home / "data"), "PYTHONPATH": str(ROOT),
+                        "IPYTHONDIR": str(home / "ipython")}
+    with (home / "lab.log").open("w") as log:
+        server = subprocess.Popen(command, cwd=home, env=env, stdout=log, stderr=log)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        until(lambda: answers(url, server))
+        yield url
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+def answers(url: str, server: subprocess.Popen[bytes]) -> bool:
+    assert server.poll() is None, "JupyterLab ended"
+    try:
+        with urllib.request.urlopen(f"{url}/api/status", timeout=5) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False
+
+
+def open_tutorial(page: "Page", url: str) -> None:
+    page.goto(f"{url}/lab/tree/tutorial.ipynb")
+    page.wait_for_function(READY, timeout=120_000)
+
+
+def picture(page: "Page", name: str) -> None:
+    "Keep a screenshot where the docs want them: LLMBOT_SCREENSHOTS names the folder."
+    if folder := os.environ.get("LLMBOT_SCREENSHOTS"):
+        page.screenshot(path=Path(folder) / f"{name}.png")
+
+
+def points(page: "Page") -> int:
+    "Points of the loss curve of the training widget."
+    curve = page.locator("svg[aria-label^='loss'] polyline").first
+    return len(re.findall(r",", curve.get_attribute("points") or "")) if curve.count() else 0
+
+
+def test_the_tutorial_by_hand(browser: "Browser", lab: str, network_log: Callable[[Any], Any]) -> None:
+    context = browser.new_context(viewport={"width": 1200, "height": 900})
+    network_log(context)
+    page = context.new_page()
+    open_tutorial(page, lab)
+    page.evaluate("() => { window.jupyterapp.commands.execute('notebook:run-all-cells') }")
+    page.get_by_text("Everything above is live.", exact=True).wait_for(timeout=240_000, state="attached")
+    assert page.locator(".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.stderr']").count() == 0
+    assert page.locator("mark").first.inner_text()  # the preflight, with the learned part marked
+
+    page.get_by_role("button", name="Start", exact=True).click()  # a run from the widget
+    until(lambda: points(page) > 2)
+    seen = points(page)
+    until(lambda: points(page) > seen)  # the curve grows
+
+    chat = page.locator(".jupyter-widgets").filter(has=page.get_by_placeholder("Message, sent with Enter")).first
+    box = page.get_by_placeholder("Message, sent with Enter").first
+    chat.get_by_text("Settings").first.click()
+    handle = page.get_by_role("slider").first  # temperature, while the run trains
+    handle.focus()
+    before = page.locator(".widget-readout").first.inner_text()
+    handle.press("ArrowRight")
+    until(lambda: page.locator(".widget-readout").first.inner_text() != before)
+
+    page.evaluate("""() => { window.partial = []; new MutationObserver(() => {
+        const all = document.querySelectorAll('.llmbot-answer p'); const text = all.length ? all[all.length - 1].textContent : ''
+        for (const p of all) if (!window.partial.includes(p.textContent)) window.partial.push(p.textContent)
+    }).observe(document.body, {subtree: true, childList: true, characterData: true}) }""")
+    box.fill("Which sound does a cow make? Which colour is the sky? <script>window.hacked = 1</script>")
+    box.press("Enter")
+    until(lambda: len(page.evaluate("() => window.partial")) >= 4)  # what stood there, and three partial texts at least
+    assert page.evaluate("() => window.hacked") is None
+    assert page.locator(".llmbot-user").last.inner_text().endswith("</script>")
+    picture(page, "widget-chat")
+
+    page.evaluate("() => window.jupyterapp.commands.execute('docmanager:save')")
+    page.reload()
+    page.wait_for_function(READY, timeout=120_000)
+    until(lambda: points(page) > seen)  # the page that was loaded again shows the run as it is now
+    again = points(page)
+    until(lambda: points(page) > again)
+    page.locator("svg[aria-label^='loss']").first.scroll_into_view_if_needed()
+    picture(page, "widget-training")
+    page.get_by_role("button", name="Stop", exact=True).first.click()
+    page.get_by_text(re.compile(r"Stopped after step \d+ .* is saved")).first.wait_for(timeout=60_000)
+    context.close()
+
+
+def test_chromium_is_where_it_should_be() -> None:
+    "On CI a missing browser is a failure; elsewhere the test above skips, and says so."
+    assert shutil.which("chromium") or os.environ.get("CI") != "true"
