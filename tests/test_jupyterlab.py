@@ -43,6 +43,9 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     settings = home / "settings" / "@jupyterlab" / "notebook-extension"
     settings.mkdir(parents=True)
     (settings / "tracker.jupyterlab-settings").write_text('{"windowingMode": "none"}')
+    quiet = settings.parent / "apputils-extension"
+    quiet.mkdir()
+    (quiet / "notification.jupyterlab-settings").write_text('{"fetchNews": "false", "checkForUpdates": false}')
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -103,22 +106,31 @@ def test_the_tutorial_by_hand(browser: "Browser", lab: str, network_log: Callabl
     seen = points(page)
     until(lambda: points(page) > seen)  # the curve grows
 
-    chat = page.locator(".jupyter-widgets").filter(has=page.get_by_placeholder("Message, sent with Enter")).first
     box = page.get_by_placeholder("Message, sent with Enter").first
-    chat.get_by_text("Settings").first.click()
+    page.locator(".jupyter-widgets").filter(has=box).get_by_text("Settings").first.click()
     handle = page.get_by_role("slider").first  # temperature, while the run trains
     handle.focus()
     before = page.locator(".widget-readout").first.inner_text()
     handle.press("ArrowRight")
     until(lambda: page.locator(".widget-readout").first.inner_text() != before)
 
+    for slider in (0, 1):  # temperature and top p: as daring as can be, for a long answer
+        page.get_by_role("slider").nth(slider).press("End")
     page.evaluate("""() => { window.partial = []; new MutationObserver(() => {
-        const all = document.querySelectorAll('.llmbot-answer p'); const text = all.length ? all[all.length - 1].textContent : ''
-        for (const p of all) if (!window.partial.includes(p.textContent)) window.partial.push(p.textContent)
+        const last = [...document.querySelectorAll('.llmbot-answer')].at(-1)?.cloneNode(true)
+        last?.querySelector('small')?.remove()
+        const text = last?.textContent.trim()
+        if (text && text !== window.partial.at(-1)) window.partial.push(text)
     }).observe(document.body, {subtree: true, childList: true, characterData: true}) }""")
-    box.fill("Which sound does a cow make? Which colour is the sky? <script>window.hacked = 1</script>")
-    box.press("Enter")
-    until(lambda: len(page.evaluate("() => window.partial")) >= 4)  # what stood there, and three partial texts at least
+    for _ in range(5):  # a bot this small may end at once
+        page.evaluate("() => { window.partial = [] }")
+        box.fill("Which sound does a cow make? <script>window.hacked = 1</script>")
+        box.press("Enter")
+        until(lambda: page.get_by_role("button", name="Stop", exact=True).nth(1).is_enabled() or len(page.evaluate("() => window.partial")) > 1)
+        page.get_by_role("button", name="Send", exact=True).and_(page.locator(":enabled")).wait_for(timeout=60_000)
+        if len(page.evaluate("() => window.partial")) > 3:  # the whole, and three partial texts before it
+            break
+    assert len(page.evaluate("() => window.partial")) > 3
     assert page.evaluate("() => window.hacked") is None
     assert page.locator(".llmbot-user").last.inner_text().endswith("</script>")
     picture(page, "widget-chat")

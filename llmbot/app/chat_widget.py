@@ -6,7 +6,7 @@
 __all__ = ['THUMBS', 'SamplingBox', 'speak', 'message_box', 'ChatWidget', 'answer', 'turn_html', 'judge', 'edit', 'step',
            'actions', 'draw']
 
-# %% ../../nbs/app/556_chat_widget.ipynb #7ea43732
+# %% ../../nbs/app/556_chat_widget.ipynb #d2bf8ec5
 import threading
 import time
 from collections.abc import Callable
@@ -24,7 +24,7 @@ from .widget_parts import Shown, ipywidgets, note
 from ..core.config import Config
 from ..core.errors import DataError
 
-# %% ../../nbs/app/556_chat_widget.ipynb #302d3f5c
+# %% ../../nbs/app/556_chat_widget.ipynb #33eab3a4
 class SamplingBox:
     "Sliders for how an answer is chosen, and the system message."
 
@@ -63,7 +63,7 @@ def speak(
     show(speaking)
     return speaking
 
-# %% ../../nbs/app/556_chat_widget.ipynb #5743ff70
+# %% ../../nbs/app/556_chat_widget.ipynb #6eda3108
 def message_box(
     ask: Callable[[str], None],  # told what was written
     label: str,  # of the button that sends
@@ -83,7 +83,7 @@ def message_box(
     halt.on_click(lambda _: stop.set())
     return field, send, halt
 
-# %% ../../nbs/app/556_chat_widget.ipynb #8459c1d4
+# %% ../../nbs/app/556_chat_widget.ipynb #72500115
 class ChatWidget(Shown):
     "A conversation with a bot."
 
@@ -131,7 +131,7 @@ class ChatWidget(Shown):
         self.wait()
         self.source.close()
 
-# %% ../../nbs/app/556_chat_widget.ipynb #a307984c
+# %% ../../nbs/app/556_chat_widget.ipynb #2f9f7451
 def answer(
     widget: ChatWidget,
     question: int,  # number of the message to answer
@@ -172,7 +172,7 @@ def turn_html(widget: ChatWidget, number: int) -> str:
     likely = likelihood_html(turn.logprobs) if turn.logprobs else ""
     return f'<div class="llmbot-answer">{answer_html(turn.text)}{likely}<small>{escape(turn.note)}</small></div>'
 
-# %% ../../nbs/app/556_chat_widget.ipynb #0da3a84d
+# %% ../../nbs/app/556_chat_widget.ipynb #7dedec10
 def judge(widget: ChatWidget, number: int, good: bool) -> None:
     "Keep a verdict on an answer. Raises `DataError`."
     turn = widget.tree.turns[number]
@@ -199,8 +199,8 @@ def step(widget: ChatWidget, number: int, by: int) -> None:
     widget.tree.show(versions[(versions.index(number) + by) % len(versions)])
     draw(widget)
 
-# %% ../../nbs/app/556_chat_widget.ipynb #95bbe40a
-THUMBS = (("👍", "Good answer", True), ("👎", "Bad answer", False))
+# %% ../../nbs/app/556_chat_widget.ipynb #eaddcc38
+THUMBS = (("Good", "Good answer", True), ("Bad", "Bad answer", False))
 
 
 def actions(widget: ChatWidget, number: int) -> list[Any]:  # of buttons and text

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SHAPE', 'Job', 'model_conflicts', 'head_conflicts', 'ModelConfig', 'data_conflicts', 'DataConfig',
            'monitoring_conflicts', 'MonitoringConfig', 'method_settings', 'own_conflicts', 'trains_adapter',
-           'adapter_conflicts', 'config_conflicts', 'Config', 'missing_for', 'check_config', 'settings']
+           'adapter_conflicts', 'config_conflicts', 'Config', 'missing_for', 'check_config', 'settings', 'config_html']
 
 # %% ../../nbs/core/006_config.ipynb #01485ec6
 import dataclasses
@@ -18,7 +18,7 @@ from pydantic.dataclasses import dataclass
 from .own_settings import METHOD_SETTINGS, OWN_SETTINGS, section_conflicts, tracker_conflicts, tracker_settings
 from .serving_config import ServingConfig
 from llmbot.core.settings import (
-    STRICT, Conflict, Fault, InvalidConfigError, Setting, changed, refuse, section, settings_of,
+    HIDDEN, STRICT, Conflict, Fault, InvalidConfigError, Setting, changed, refuse, section, settings_of, shorten,
 )
 from .training_config import LoraConfig, Name, Names, Size, TrainingConfig
 
@@ -257,7 +257,7 @@ def config_conflicts(cfg: "Config") -> Iterator[Conflict]:
     if training.method == "sft" and data.format == "text":
         yield Conflict(("training.method", "data.format"), "plain text has no answers to learn: use 'method: scratch'")
 
-
+# %% ../../nbs/core/006_config.ipynb #2259c362
 @section("")
 @dataclass(kw_only=True, config=STRICT)
 class Config:
@@ -276,6 +276,9 @@ class Config:
     def _refuse_conflicts(self) -> Self:
         refuse(config_conflicts(self))
         return self
+
+    def _repr_html_(self) -> str:
+        return config_html(self)
 
 # %% ../../nbs/core/006_config.ipynb #2e1ed6c9
 Job = Literal["train", "serve"]
@@ -323,3 +326,22 @@ def settings(
         if cls := own.find(own.section.removeprefix("tracker.")):
             table |= settings_of(cls, f"{own.section}.")
     return {key: found for key, found in table.items() if "." in key}
+
+# %% ../../nbs/core/006_config.ipynb #ffbb6fab
+def config_html(
+    cfg: "Config",  # any configuration
+) -> str:  # HTML
+    "Settings that are not at their default, and all others behind a fold."
+    def row(setting: Setting, value: Any) -> str:
+        shown = HIDDEN if setting.secret and value is not None else shorten(value, 200)
+        return f'<tr title="{escape(setting.description, quote=True)}"><td>{escape(setting.key)}</td><td>{escape(shown)}</td></tr>'
+
+    changed_rows, other_rows = list[str](), list[str]()
+    for key, setting in settings(cfg.training.method, cfg.serving.backend).items():
+        section, _, name = key.partition(".")
+        part = getattr(cfg, section)
+        value = part.get(name, setting.default) if isinstance(part, dict) else getattr(part, name)
+        (changed_rows if value != setting.default else other_rows).append(row(setting, value))
+    changed_rows += [f"<tr><td>tracker.{escape(n)}</td><td>{escape(shorten(own, 200))}</td></tr>" for n, own in cfg.tracker.items()]
+    folded = f"<details><summary>{len(other_rows)} settings at their default</summary><table>{''.join(other_rows)}</table></details>"
+    return f"<table>{''.join(changed_rows)}</table>{folded}"

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['bot_errors', 'quiet_bars', 'read_config', 'read_tokenizer', 'read_weights', 'adapter_settings', 'find_base',
-           'fit_embedding', 'read_adapter', 'merge_in_memory', 'LoadedBot', 'commit_of', 'base_of', 'adapter_config',
-           'whole_model', 'adapter_on_base', 'context_length', 'generation_config', 'load_bot', 'save_adapter',
-           'save_bot']
+           'fit_embedding', 'read_adapter', 'merge_in_memory', 'LoadedBot', 'bot_html', 'commit_of', 'base_of',
+           'adapter_config', 'whole_model', 'adapter_on_base', 'context_length', 'generation_config', 'load_bot',
+           'save_adapter', 'save_bot']
 
 # %% ../../nbs/core/040_model_manager.ipynb #eb1542bb
 import contextlib
@@ -16,6 +16,7 @@ import os
 import sys
 from collections.abc import Iterator
 from functools import cached_property
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -251,6 +252,22 @@ class LoadedBot:
     def manifest(self) -> Manifest | None:
         "Its manifest; None for a model from elsewhere."
         return read_manifest(self.path) if self.path else None
+
+    def _repr_html_(self) -> str:
+        return bot_html(self)
+
+# %% ../../nbs/core/040_model_manager.ipynb #3506cabe
+def bot_html(
+    bot: LoadedBot,
+) -> str:  # HTML
+    "What a bot is and where it comes from, as text in a table; no weights are read."
+    manifest, base = bot.manifest, bot.base
+    facts: dict[str, Any] = {"bot": bot.name, "where": bot.reference.location, "device": bot.device, "dtype": bot.dtype}
+    facts |= {"adapter on": base.name} if base is not None else {}
+    if manifest is not None:
+        facts |= {"method": manifest.method, "parent": manifest.parent or "", "seed": manifest.seed}
+        facts |= {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in manifest.metrics.items()}
+    return "<table>" + "".join(f"<tr><td>{escape(str(k))}</td><td>{escape(str(v))}</td></tr>" for k, v in facts.items()) + "</table>"
 
 # %% ../../nbs/core/040_model_manager.ipynb #bfba54ed
 def commit_of(bot: LoadedBot) -> str | None:

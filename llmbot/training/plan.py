@@ -97,6 +97,9 @@ class TrainingPlan(JupyterMixin):
     def __rich__(self) -> RenderableType:
         return plan_view(self)
 
+    def _repr_html_(self) -> str:
+        return str(self._repr_mimebundle_(["text/html"], [])["text/html"])
+
     def __repr__(self) -> str:
         return f"<TrainingPlan {self.method}, {self.parameters.total:,} parameters, {amount(self.flops, 'FLOP')}>"
 
