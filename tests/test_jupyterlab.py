@@ -117,7 +117,8 @@ def test_the_tutorial_by_hand(browser: "Browser", lab: str, network_log: Callabl
     for slider in (0, 1):  # temperature and top p: as daring as can be, for a long answer
         page.get_by_role("slider").nth(slider).press("End")
     page.evaluate("""() => { window.partial = []; new MutationObserver(() => {
-        const last = [...document.querySelectorAll('.llmbot-answer')].at(-1)?.cloneNode(true)
+        const said = [...document.querySelectorAll('.llmbot-user, .llmbot-answer')]  // in the chat; those of the comparison come later
+        const last = said[said.findLastIndex(e => e.classList.contains('llmbot-user')) + 1]?.cloneNode(true)
         last?.querySelector('small')?.remove()
         const text = last?.textContent.trim()
         if (text && text !== window.partial.at(-1)) window.partial.push(text)
@@ -125,8 +126,9 @@ def test_the_tutorial_by_hand(browser: "Browser", lab: str, network_log: Callabl
     for _ in range(5):  # a bot this small may end at once
         page.evaluate("() => { window.partial = [] }")
         box.fill("Which sound does a cow make? <script>window.hacked = 1</script>")
+        users = page.locator(".llmbot-user").count()
         box.press("Enter")
-        until(lambda: page.get_by_role("button", name="Stop", exact=True).nth(1).is_enabled() or len(page.evaluate("() => window.partial")) > 1)
+        page.locator(".llmbot-user").nth(users).wait_for(timeout=60_000)
         page.get_by_role("button", name="Send", exact=True).and_(page.locator(":enabled")).wait_for(timeout=60_000)
         if len(page.evaluate("() => window.partial")) > 3:  # the whole, and three partial texts before it
             break

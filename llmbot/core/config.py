@@ -10,6 +10,7 @@ __all__ = ['SHAPE', 'Job', 'model_conflicts', 'head_conflicts', 'ModelConfig', '
 # %% ../../nbs/core/006_config.ipynb #01485ec6
 import dataclasses
 from collections.abc import Iterable, Iterator
+from html import escape
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, SecretStr, model_validator
@@ -257,7 +258,7 @@ def config_conflicts(cfg: "Config") -> Iterator[Conflict]:
     if training.method == "sft" and data.format == "text":
         yield Conflict(("training.method", "data.format"), "plain text has no answers to learn: use 'method: scratch'")
 
-# %% ../../nbs/core/006_config.ipynb #2259c362
+# %% ../../nbs/core/006_config.ipynb #f6df9cf7
 @section("")
 @dataclass(kw_only=True, config=STRICT)
 class Config:
@@ -327,7 +328,7 @@ def settings(
             table |= settings_of(cls, f"{own.section}.")
     return {key: found for key, found in table.items() if "." in key}
 
-# %% ../../nbs/core/006_config.ipynb #ffbb6fab
+# %% ../../nbs/core/006_config.ipynb #9b1ed45e
 def config_html(
     cfg: "Config",  # any configuration
 ) -> str:  # HTML

@@ -98,7 +98,7 @@ class TrainingPlan(JupyterMixin):
         return plan_view(self)
 
     def _repr_html_(self) -> str:
-        return str(self._repr_mimebundle_(["text/html"], [])["text/html"])
+        return str(JupyterMixin._repr_mimebundle_(self, ["text/html"], [])["text/html"])  # type: ignore[arg-type]
 
     def __repr__(self) -> str:
         return f"<TrainingPlan {self.method}, {self.parameters.total:,} parameters, {amount(self.flops, 'FLOP')}>"
