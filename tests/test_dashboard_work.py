@@ -108,16 +108,11 @@ STILL = """() => { const all = root => [...root.getAnimations(), ...[...root.que
     return all(document).every(a => a.playState != 'running') }"""  # colours are on their way until then
 
 
-def own_faults(page: "Page", faults: Faults) -> list[str]:
-    "Serious faults of what is on a page; the bar that shows a busy server is part of the shell, which has tests of its own."
-    return [fault for fault in faults(page) if not fault.startswith("aria-progressbar-name: ") or "MuiLinearProgress" not in fault]
-
-
 def look_over(page: "Page", name: str, faults: Faults) -> None:
     "A page with something on it has no serious fault of accessibility; for the docs it is also drawn, wide and as a telephone has it."
     page.mouse.move(600, 5)
     page.wait_for_function(STILL, timeout=WAIT)
-    assert own_faults(page, faults) == [], name
+    assert faults(page) == [], name
     if folder := os.environ.get("LLMBOT_SCREENSHOTS"):
         for ending, size in (("-narrow", NARROW), ("", WIDE)):
             page.set_viewport_size(size)
@@ -288,7 +283,7 @@ def test_everybody_can_use_the_pages(visit: "Callable[..., Page]", address: str,
         for _ in range(2):
             shade = page.evaluate("getComputedStyle(document.body).backgroundColor")
             shades.add(shade)
-            assert own_faults(page, faults) == [], f"{name}, {shade}"
+            assert faults(page) == [], f"{name}, {shade}"
             assert page.evaluate("document.documentElement.scrollWidth") <= NARROW["width"], name
             page.get_by_role("button", name="Toggle theme").click()
             page.wait_for_function("old => getComputedStyle(document.body).backgroundColor != old", arg=shade, timeout=WAIT)

@@ -51,9 +51,11 @@ def visitor_html(
     path: str,  # of the dashboard, such as /ui
 ) -> str:
     "Who is here, and the way in or out."
-    signed = desk.place.keys.asked_for or desk.key.admin
-    way = (f"<form method='post' action='{escape(path)}/sign-out'><button>Sign out</button></form>" if signed
-           else f"<a href='{escape(path)}/sign-in'>Sign in to administer</a>")
+    keys = desk.place.keys
+    if keys.asked_for or desk.key.admin:
+        way = f"<form method='post' action='{escape(path)}/sign-out'><button>Sign out</button></form>"
+    else:
+        way = f"<a href='{escape(path)}/sign-in'>Sign in to administer</a>" if keys.administered else ""
     rights = "may administer" if desk.may("admin") else "may work with data and runs" if desk.may("work") else "may use bots"
     return f"<p class='quiet'>Key <strong>{escape(desk.key.name)}</strong>, {rights}</p>{way}"
 

@@ -86,9 +86,9 @@ def line_html(
     values: Sequence[float],  # the oldest first
 ) -> str:
     "A small line chart."
-    most = max([*values, 0.001])
+    most = max(values, default=0.0)
     step = 300 / max(len(values) - 1, 1)
-    points = " ".join(f"{i * step:.1f},{58 - 54 * value / most:.1f}" for i, value in enumerate(values))
+    points = " ".join(f"{i * step:.1f},{58 - 54 * value / (most or 1):.1f}" for i, value in enumerate(values))
     told = f"{title}: now {said(float(values[-1]) if values else 0.0)}, at most {said(float(most))}"
     return (f"<figure style='margin:.5rem 0'><figcaption>{escape(told)}</figcaption><svg viewBox='0 0 300 60' role='img' "
             f"aria-label='{escape(told)}' preserveAspectRatio='none' style='width:100%;max-width:640px;height:70px'>"

@@ -50,6 +50,7 @@ class Keys:
         given = [(serving.token, Key("default")), (serving.admin_token, Key("admin", admin=True))]
         self._known = [(token.get_secret_value().encode(), key) for token, key in given if token is not None]
         self.asked_for = serving.token is not None  # False: those without a key are let in as `LOCAL`
+        self.administered = serving.admin_token is not None  # whether anybody may administer
         self.names = [key.name for _, key in self._known] + ([] if self.asked_for else [LOCAL.name])  # for people
 
     def find(
