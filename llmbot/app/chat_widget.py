@@ -167,10 +167,11 @@ def turn_html(widget: ChatWidget, number: int) -> str:
     "A message as HTML that runs nothing."
     turn = widget.tree.turns[number]
     if turn.role == "user":
-        style = "white-space:pre-wrap;background:rgba(128,128,128,.15);padding:6px"
+        style = "white-space:pre-wrap;overflow-wrap:anywhere;background:rgba(128,128,128,.15);padding:6px"
         return f'<div class="llmbot-user" style="{style}">{escape(turn.text)}</div>'
     likely = likelihood_html(turn.logprobs) if turn.logprobs else ""
-    return f'<div class="llmbot-answer">{answer_html(turn.text)}{likely}<small>{escape(turn.note)}</small></div>'
+    answer = f"{answer_html(turn.text)}{likely}<small>{escape(turn.note)}</small>"
+    return f'<div class="llmbot-answer" style="overflow-wrap:anywhere">{answer}</div>'
 
 # %% ../../nbs/app/556_chat_widget.ipynb #7dedec10
 def judge(widget: ChatWidget, number: int, good: bool) -> None:

@@ -36,7 +36,8 @@ class Column:
     def show(self, speaking: Speaking) -> None:
         "Draw the answer as it stands."
         self.answer = speaking
-        self.body.value = f'<div class="llmbot-answer">{answer_html(speaking.text)}<small>{speaking.note()}</small></div>'
+        answer = f"{answer_html(speaking.text)}<small>{speaking.note()}</small>"
+        self.body.value = f'<div class="llmbot-answer" style="overflow-wrap:anywhere">{answer}</div>'
 
     def name(self, known: bool) -> None:
         "Say whose it is, or only its letter."
