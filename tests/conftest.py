@@ -86,12 +86,18 @@ def network_log() -> "Iterator[Callable[[BrowserContext], NetworkLog]]":
         assert log.foreign() == []
 
 
+STILL = """() => { const all = root => [...root.getAnimations(), ...[...root.querySelectorAll('*')].flatMap(e =>
+    e.shadowRoot ? all(e.shadowRoot) : [])]; document.activeElement?.blur();
+    return all(document).every(a => a.playState != 'running') }"""  # colours are on their way until then
+
+
 @pytest.fixture(scope="session")
 def faults() -> "Callable[[Page], list[str]]":
     "Call it with a page to have axe-core look for faults of accessibility that keep people out: serious and critical ones."
     from axe_playwright_python.sync_playwright import Axe
 
     def look(page: "Page") -> list[str]:
+        page.wait_for_function(STILL, timeout=90_000)
         found = Axe().run(page).response["violations"]
         return [f"{v['id']}: {v['help']}: {node['html'][:200]} {node.get('failureSummary', '')[:300]}"
                 for v in found if v["impact"] in ("serious", "critical") for node in v["nodes"]]

@@ -103,15 +103,9 @@ def fill(page: "Page", values: dict[str, str]) -> None:
         field.press("Tab")
 
 
-STILL = """() => { const all = root => [...root.getAnimations(), ...[...root.querySelectorAll('*')].flatMap(e =>
-    e.shadowRoot ? all(e.shadowRoot) : [])]; document.activeElement?.blur();
-    return all(document).every(a => a.playState != 'running') }"""  # colours are on their way until then
-
-
 def look_over(page: "Page", name: str, faults: Faults) -> None:
     "A page with something on it has no serious fault of accessibility; for the docs it is also drawn, wide and as a telephone has it."
     page.mouse.move(600, 5)
-    page.wait_for_function(STILL, timeout=WAIT)
     assert faults(page) == [], name
     if folder := os.environ.get("LLMBOT_SCREENSHOTS"):
         for ending, size in (("-narrow", NARROW), ("", WIDE)):
@@ -289,5 +283,4 @@ def test_everybody_can_use_the_pages(visit: "Callable[..., Page]", address: str,
             page.wait_for_function("old => getComputedStyle(document.body).backgroundColor != old", arg=shade, timeout=WAIT)
             page.mouse.move(200, 500)
             page.locator("[role=tooltip]").wait_for(state="detached", timeout=WAIT)
-            page.wait_for_function(STILL, timeout=WAIT)
         assert len(shades) == 2

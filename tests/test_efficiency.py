@@ -127,7 +127,7 @@ def test_evaluation_sees_the_average(tmp_path: Path) -> None:
     assert losses[-1] == pytest.approx(result.metrics["validation_loss"], abs=1e-6)
 
 
-DIVERGING = {**EVALUATED, "training.max_steps": 4, "training.lr_scheduler_type": "constant", "training.warmup_steps": 0,
+DIVERGING = {**EVALUATED, "training.max_steps": 8, "training.lr_scheduler_type": "constant", "training.warmup_steps": 0,
              "training.learning_rate": 0.1, "training.stop_on_divergence": False, "training.packing": False}  # fmt: skip
 
 

@@ -258,7 +258,7 @@ def test_comet(tracked: Tracked) -> None:
 def test_the_readers_find_what_the_tools_find(tracked: Tracked) -> None:
     "The library's own readers, which need neither a server nor MLflow's client, against the trainer's history."
     records = local_records(tracked.run_dir, "bot", tracked.id)
-    assert sorted(records) == ["comet", "history", "journal", "mlflow", "tensorboard", "wandb"]
+    assert sorted(records) == ["comet", "history", "journal", "live", "mlflow", "tensorboard", "wandb"]
     assert records.pop("history")() == tracked.numbers
     for name, read in records.items():
         check_numbers(tracked, read(), exact=name != "tensorboard")

@@ -15,7 +15,9 @@ import re
 import sys
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
-from importlib.abc import MetaPathFinder
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import IO, Any
 
 from rich.console import Console
@@ -149,16 +151,19 @@ def one_message(
         raise SystemExit(code) from exc
 
 # %% ../../nbs/app/510_console.ipynb #49f36994
-class CometLater(MetaPathFinder):
-    "Hides Comet's client from transformers, and from nobody else."
+class CometLater(MetaPathFinder, Loader):
+    "Keeps Comet's client from transformers, and from nobody else."
 
     importer = "transformers.integrations.integration_utils"
 
-    def find_spec(self, fullname: str, path: Any, target: Any = None) -> None:
-        "Raise `ModuleNotFoundError` while transformers looks for the client; else leave the search to others."
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
+        "While transformers is imported, a client that can be found but not imported; else the search is left to others."
         spec = getattr(sys.modules.get(self.importer), "__spec__", None)
-        if fullname == "comet_ml" and getattr(spec, "_initializing", False):
-            raise ModuleNotFoundError("comet_ml is not imported for transformers, whose callback llmbot does not use", name=fullname)
+        return ModuleSpec(fullname, self) if fullname == "comet_ml" and getattr(spec, "_initializing", False) else None
+
+    def exec_module(self, module: ModuleType) -> None:
+        "Raise `ModuleNotFoundError`."
+        raise ModuleNotFoundError("comet_ml is not imported for transformers, whose callback llmbot does not use", name="comet_ml")
 
 
 def quiet_libraries() -> None:
