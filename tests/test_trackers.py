@@ -260,6 +260,7 @@ def test_the_readers_find_what_the_tools_find(tracked: Tracked) -> None:
     records = local_records(tracked.run_dir, "bot", tracked.id)
     assert sorted(records) == ["comet", "history", "journal", "live", "mlflow", "tensorboard", "wandb"]
     assert records.pop("history")() == tracked.numbers
+    assert records.pop("live")() == tracked.numbers
     for name, read in records.items():
         check_numbers(tracked, read(), exact=name != "tensorboard")
     client = mlflow_client(tracked.folder)
