@@ -441,7 +441,7 @@ def test_several_writers_of_votes(tmp_path: Path) -> None:
     path = tmp_path / "votes.jsonl"
     writers = [subprocess.Popen([sys.executable, "-c", code, str(path), name]) for name in "abc"]
     assert [writer.wait(timeout=120) for writer in writers] == [0, 0, 0]
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = [json.loads(line) for line in path.read_bytes().splitlines()]
     assert sorted(row["chosen"][0]["content"] for row in rows) == sorted(f"{name} {i}" for name in "abc" for i in range(40))
 
 

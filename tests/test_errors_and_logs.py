@@ -90,7 +90,7 @@ def test_the_log_is_json(bot: str, tmp_path: Path, prompts: bool) -> None:
     finally:
         server.send_signal(signal.SIGTERM)
         server.communicate(timeout=60)
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    lines = [json.loads(line) for line in log.read_bytes().splitlines()]
     mine: list[dict[str, Any]] = [line for line in lines if line.get("request_id") == "mine"]
     answered, access = mine
     usage = answer["usage"]

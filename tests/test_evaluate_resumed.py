@@ -64,7 +64,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def kept_rows(path: Path) -> set[str]:
-    return {json.loads(line).get("row") for line in path.read_text().splitlines()[1:]} if path.exists() else set()
+    return {json.loads(line).get("row") for line in path.read_bytes().splitlines()[1:]} if path.exists() else set()
 
 
 def test_a_killed_evaluation_goes_on(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

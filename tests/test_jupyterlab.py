@@ -143,7 +143,7 @@ def test_the_tutorial_by_hand(browser: "Browser", lab: str, network_log: Callabl
     until(lambda: points(page) > seen)  # the page that was loaded again shows the run as it is now
     again = points(page)
     until(lambda: points(page) > again)
-    page.locator("svg[aria-label^='loss']").first.scroll_into_view_if_needed()
+    page.evaluate("""() => document.querySelector("svg[aria-label^='loss']").scrollIntoView()""")  # at once: each step draws it anew
     picture(page, "widget-training")
     page.get_by_role("button", name="Stop", exact=True).first.click()
     page.get_by_text(re.compile(r"Stopped after step \d+ .* is saved")).first.wait_for(timeout=60_000)

@@ -49,7 +49,7 @@ def read_evaluations(
     if not path.exists():
         return []
     try:
-        found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        found = [json.loads(line) for line in path.read_bytes().splitlines()]
         return [{str(name): dict(figure) for name, figure in evaluation.items()} for evaluation in found]
     except (OSError, ValueError, AttributeError, TypeError) as exc:
         raise BotError(f"{path} is damaged ({type(exc).__name__}: {exc}). Restore it, or delete it and evaluate again.") from exc

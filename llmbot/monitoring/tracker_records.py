@@ -168,7 +168,7 @@ def read_comet(
     "The numbers of an experiment, without those that Comet adds itself. Raises `TrainingError` for another kind of file."
     try:
         with zipfile.ZipFile(path) as archive:
-            lines = archive.read("messages.json").decode("utf-8").splitlines()
+            lines = archive.read("messages.json").splitlines()
     except (zipfile.BadZipFile, KeyError) as exc:
         raise TrainingError(f"{path} is no archive of Comet: {exc}.") from exc
     found = (message["payload"]["metric"] for message in map(json.loads, lines) if message["type"] == "metric_msg")
