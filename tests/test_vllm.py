@@ -182,13 +182,13 @@ def test_cancelling_frees_the_engine(backend: Watched) -> None:
         reader = asyncio.create_task(read(backend, asked(backend, "What", ignore_eos=True, max_new_tokens=900)))
         while backend.load().running < 2:
             await asyncio.sleep(0.002)
-        assert not await backend._live().reset_prefix_cache()
+        assert not await backend._engine.reset_prefix_cache()
         await stream.aclose()
         reader.cancel()
         await asyncio.gather(reader, return_exceptions=True)
         assert backend.load().running == backend.load().waiting == backend.load().kv_tokens == 0
         for _ in range(500):  # the engine hears of it in its next step
-            if await backend._live().reset_prefix_cache():
+            if await backend._engine.reset_prefix_cache():
                 return
         raise AssertionError("the engine still holds blocks")
 
