@@ -82,6 +82,8 @@ def show(page: "Page", address: str, name: str) -> None:
     "Open a page of the dashboard by its address."
     page.goto(f"{address}?page={name}")
     page.get_by_role("heading", level=1).first.wait_for(timeout=WAIT)
+    if (page.viewport_size or WIDE)["width"] > NARROW["width"]:  # the menu opens when the page is ready: changes arrive from then on
+        page.get_by_role("button", name="Close drawer").wait_for(timeout=WAIT)
 
 
 def see(page: "Page", text: str) -> None:

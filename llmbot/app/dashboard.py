@@ -110,7 +110,7 @@ class Shell:
             main=[self.board.column], header=[width_meter(self._fit)], sidebar_resizable=False, sx=NO_BAR)
         desk.go, desk.tell = self.go, self.board.tell
         self.menu.param.watch(self._chosen, "active")
-        toolkit()[0].state.onload(lambda: self.go(desk.arguments.get("page", "")))  # what a page changes earlier would be lost
+        self.go(desk.arguments.get("page", ""))
 
     def _chosen(self, event: Any) -> None:
         if event.new:
