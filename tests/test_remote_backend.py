@@ -98,6 +98,8 @@ def test_logprobs_are_those_of_there(bot: str, upstream: str) -> None:
     asked: list[tuple[str, dict[str, Any]]] = [
         ("/v1/completions", {"prompt": "Once upon", "logprobs": 3}), ("/v1/completions", {"prompt": "Once", "logprobs": 0}),
         ("/v1/chat/completions", {"messages": QUESTION, "logprobs": True, "top_logprobs": 2}),
+        *(("/v1/completions", {"prompt": text, "logprobs": k, "echo": True} | more) for text, k, more in (
+            ("Grüße, 世界! What is 12", 2, {}), ([7, 30, 1, 50], 0, {}), ("Once", 1, {"max_tokens": 0}))),
     ]  # fmt: skip
     with running_server(remote(bot, upstream)) as url:
         for path, body in asked:
@@ -108,9 +110,9 @@ def test_logprobs_are_those_of_there(bot: str, upstream: str) -> None:
             told = [[c["logprobs"] for e in piece.split("\n\n") if e.startswith("data: {") for c in json.loads(e[6:])["choices"]
                      if c.get("logprobs")] for piece in pieces]  # fmt: skip
             assert told[0] == told[1]
-        answer = httpx.post(f"{url}/v1/completions", json=greedy | {"prompt": "Once", "logprobs": 1, "echo": True}, timeout=60)
-        assert answer.status_code == 400
-        assert "prompt_logprobs" in answer.json()["error"]["message"]
+    with running_server(config(bot, backend="gated")) as there, running_server(remote(bot, there)) as url:
+        refused = httpx.post(f"{url}/v1/completions", json=greedy | {"prompt": "Once", "logprobs": 1, "echo": True}, timeout=60)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (400, "unsupported_parameter")
 
 
 def test_embeddings_come_from_there(bot: str, upstream: str, nobody: str) -> None:

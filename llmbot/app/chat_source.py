@@ -21,7 +21,7 @@ from ..core.errors import BotError, ServingError
 from ..core.model_manager import LoadedBot
 from ..serving.backends import create_backend
 from ..serving.prompts import encode_prompt, sampling_params
-from ..serving.remote_backend import UpstreamError, remote_events, upstream_refusal
+from ..serving.remote_answers import UpstreamError, remote_events, upstream_refusal
 from ..serving.sampling_params import GenerationRequest
 from ..serving.token_texts import TokenTexts, chat_logprobs
 

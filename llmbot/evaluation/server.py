@@ -21,7 +21,8 @@ from .kept import Kept
 from .questions import Question
 from ..monitoring.redaction import Redactor
 from ..serving.engine_settings import RemoteSettings
-from ..serving.remote_backend import RETRIED, UpstreamError, UpstreamTimeoutError, remote_client, upstream_refusal
+from ..serving.remote_answers import UpstreamError, UpstreamTimeoutError, upstream_refusal
+from ..serving.remote_backend import RETRIED, remote_client
 from ..serving.sampling_params import RequestError
 
 # %% ../../nbs/evaluation/407_server.ipynb #9378c593
