@@ -64,7 +64,7 @@ def carry_out(
 
     def tell(done: int, total: int) -> None:
         nonlocal told
-        if done >= total or time.monotonic() - told > 0.1:
+        if 0 < total <= done or time.monotonic() - told > 0.1:
             told = time.monotonic()
             outlet.send(("progress", done, total))
 

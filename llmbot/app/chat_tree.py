@@ -70,23 +70,27 @@ class Speaking:
     "Takes the pieces of an answer, and tells how fast they come."
 
     def __init__(self) -> None:
-        self.text, self.tokens, self.finish, self.forgotten = "", 0, "", 0
+        self.text, self.tokens, self.finish, self.forgotten, self.continues = "", 0, "", 0, False
         self.logprobs: list[Mapping[str, Any]] = []
         self.began, self.first, self.now = time.monotonic(), 0.0, 0.0
 
     def take(self, piece: Piece) -> None:
         "One piece more."
         self.text, self.tokens, self.forgotten = self.text + piece.text, max(self.tokens, piece.tokens), piece.forgotten
-        self.finish = piece.finish or self.finish
+        self.finish, self.continues = piece.finish or self.finish, piece.continues
         self.logprobs += piece.logprobs
         self.now = time.monotonic() - self.began
         self.first = self.first or self.now
 
-    def note(self) -> str:
+    def note(
+        self,
+        kind: bool = True,  # also say of a bot that it is no chatbot
+    ) -> str:
         "Tokens and speed, and why it ended where it did not end by itself."
         parts = [f"{self.tokens} tokens", f"{self.tokens / self.now:.1f} tokens/s" if self.now else ""]
         parts += ["cut off at its longest" if self.finish == "length" else "" if self.finish else "stopped"]
         parts += [f"{self.forgotten} oldest messages did not fit" if self.forgotten else ""]
+        parts += ["goes on with your words: it has no chat template" if self.continues and kind else ""]
         return " · ".join(part for part in parts if part)
 
 

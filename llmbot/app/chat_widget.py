@@ -89,7 +89,7 @@ class ChatWidget(Shown):
 
     def __init__(
         self,
-        bot_or_server: Any,  # a directory, a reference, a loaded bot, or a server's URL
+        bot_or_server: Any,  # a directory, a reference, a loaded bot, or a server's URL, with #NAME for another bot than its first
         cfg: Config | None = None,  # device and backend of a bot, and where the sliders stand at first
         system: str = "",  # system message
         votes: str | Path = "votes.jsonl",  # pairs for DPO; verdicts on single answers for KTO go into ratings.jsonl beside it

@@ -31,16 +31,17 @@ class Column:
         self.best = w.Button(description=f"{label} is better", disabled=True)
         self.box = w.VBox([self.head, self.body, self.best], layout=w.Layout(flex="1 1 15em", border="1px solid #999", padding="6px"))
         self.source: Source | None = None
-        self.answer = Speaking()
+        self.answer, self.known = Speaking(), True  # whether it is told whose answer it is
 
     def show(self, speaking: Speaking) -> None:
         "Draw the answer as it stands."
         self.answer = speaking
-        answer = f"{answer_html(speaking.text)}<small>{speaking.note()}</small>"
+        answer = f"{answer_html(speaking.text)}<small>{speaking.note(self.known)}</small>"
         self.body.value = f'<div class="llmbot-answer" style="overflow-wrap:anywhere">{answer}</div>'
 
     def name(self, known: bool) -> None:
         "Say whose it is, or only its letter."
+        self.known = known
         self.head.value = note(f"{self.label}: {self.source.name}" if known and self.source else self.label)
 
 # %% ../../nbs/app/557_compare_widget.ipynb #e4b07831
@@ -140,6 +141,8 @@ def vote(
         widget.wins[best.source.name] += 1
     for column in widget.columns:
         column.name(known=True)
+        if column.answer.continues:
+            column.show(column.answer)
         column.best.disabled = True
     widget.tie.disabled = True
     counted = ", ".join(f"{name} {count}" for name, count in widget.wins.most_common())

@@ -207,7 +207,8 @@ async def turn(
         await shown(chat)
         raise
     left_out = f" · the first {chat.talk.dropped} messages had no room in the prompt" if chat.talk.dropped else ""
-    chat.notes[len(chat.talk.messages) - 1] = note + left_out
+    goes_on = " · goes on with your words: it has no chat template" if chat.talk.continues else ""
+    chat.notes[len(chat.talk.messages) - 1] = note + left_out + goes_on
     chat.view.param.update(busy=False, status="The answer is complete." if chat.talk.last.finish_reason else "The answer was stopped.")
     await shown(chat)
 

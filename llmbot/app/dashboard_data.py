@@ -88,7 +88,7 @@ NOTHING = empty_html("No data has been looked at", "Upload a file, or choose one
 
 def look(tell: Tell, cfg: Config) -> "PreflightReport":
     "The work: prepare data and report. Raises `ConfigError`, `DataError` and `BotError`."
-    return inspect_data(cfg)
+    return inspect_data(cfg, lambda rows: tell(rows, 0))
 
 
 def first_batch(tell: Tell, cfg: Config) -> str:  # HTML

@@ -69,7 +69,7 @@ class Pulse:
 # %% ../../nbs/app/580_dashboard_parts.ipynb #43c0d6d9
 def job_html(job: Job) -> str:
     "How a job stands: its title, a bar, and how long it has taken."
-    far = f"{job.done:,} of {job.total:,}, " if job.total else ""
+    far = f"{job.done:,} of {job.total:,}, " if job.total else f"{job.done:,} so far, " if job.done else ""
     known = f" max='{job.total}' value='{job.done}'" if job.total else ""
     return (f"<p role='status'>{escape(job.title)} …</p><progress style='width:100%' aria-label='{escape(job.title, quote=True)}'{known}>"
             f"</progress><p class='quiet'>{far}{job.seconds:.0f} s</p>")

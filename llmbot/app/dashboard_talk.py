@@ -19,6 +19,7 @@ import sqlalchemy as sa
 import yaml
 from pydantic import ValidationError
 
+from .chat_source import last_words
 from .dashboard_pages import Desk
 from ..core.errors import ServingError
 from ..serving.admission import CancelledRequestError
@@ -34,8 +35,10 @@ from llmbot.serving.conversations import (
     listing,
     messages_table,
 )
+from ..serving.hosting import chat_format
 from ..serving.http_guard import validation_error
 from ..serving.model_server import ModelServer
+from ..serving.prompts import Prompt
 from ..serving.sampling_params import Chunk, RequestError
 
 # %% ../../nbs/app/575_dashboard_talk.ipynb #f16f46a8
@@ -102,6 +105,7 @@ class Talk:
         self.desk, self.messages = desk, list[Message]()
         self.conversation: Conversation | None = None  # until the first turn is kept
         self.last, self.dropped = Chunk(""), 0  # the end of the last answer; messages that its prompt had no room for
+        self.continues = False  # whether the last answer goes on with the question's text, as its bot has no chat template
         self._running: set[str] = set()
         desk.on_close(self.stop)
 
@@ -161,7 +165,12 @@ async def stream(
     name = f"ui-{uuid.uuid4().hex}"
     talk._running.add(name)
     try:
-        prompt, talk.dropped = await fitted(server, asked, messages)
+        bot = server.bots.find(asked.model)
+        await bot.load()
+        talk.continues, talk.dropped = not chat_format(bot).has_template, 0
+        prompt: Prompt = last_words(messages)
+        if not talk.continues:
+            prompt, talk.dropped = await fitted(server, asked, messages)
         chunks = server.stream(prompt, asked.model, asked.params(asked.max_new_tokens), name, desk.key.name)
         async with aclosing(chunks):
             async for chunk in chunks:

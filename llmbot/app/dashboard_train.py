@@ -162,7 +162,7 @@ def standing_html(run: LiveRun, root: Path) -> str:
         last |= entry
     left = str(timedelta(seconds=int(status.seconds_left))) if status.seconds_left is not None and not status.over else None
     facts = [("step", f"{status.step:,} of {status.max_steps:,}" if status.max_steps else f"{status.step:,}"), ("loss", last.get("loss")),
-             ("validation loss", last.get("eval_loss")), ("learning rate", status.learning_rate),
+             ("validation loss", last.get("eval_loss")), ("margin", last.get("rewards/margins")), ("learning rate", status.learning_rate),
              ("tokens/s", last.get("tokens_per_second")), ("time left", left),
              ("memory, MB", round(status.memory_bytes / 1e6) if status.memory_bytes else None)]  # fmt: skip
     where = run.bot.relative_to(root) if run.bot.is_relative_to(root) else run.bot

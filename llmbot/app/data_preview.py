@@ -9,7 +9,7 @@ __all__ = ['inspect_data', 'data_files', 'free_names', 'keep_upload', 'overview'
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 # %% ../../nbs/app/549_data_preview.ipynb #682d3f79
 def inspect_data(
     cfg: Config,  # data, model and training method
+    told: Callable[[int], None] = lambda rows: None,  # is told now and then how many rows were read; what it raises ends the work
 ) -> "PreflightReport":
     "Prepare data as training would, and report. Raises `ConfigError`, `DataError` and `BotError`."
     from llmbot.core.chat import ChatFormat
@@ -36,7 +37,8 @@ def inspect_data(
         tokenizer = make_tokenizer(cfg, Path(scratch), resume=False)
     fit_chat_template(cfg, tokenizer, kind)
     chat, length = ChatFormat(tokenizer), sequence_length(cfg)
-    prepared = prepare_data(cfg.data, chat, kind=kind, max_seq_length=length, packing=training.packing, seed=training.seed)
+    told(0)
+    prepared = prepare_data(cfg.data, chat, kind=kind, max_seq_length=length, packing=training.packing, seed=training.seed, told=told)
     return preflight(prepared, chat)
 
 # %% ../../nbs/app/549_data_preview.ipynb #e1d5133b

@@ -12,7 +12,7 @@ from .data_preview import inspect_data
 from .form_fields import FormCheck
 from .live_run import LiveRun, start_run
 from .widget_form import RecipeForm
-from .widget_parts import Shown, in_background, ipywidgets, note
+from .widget_parts import Halt, Shown, in_background, ipywidgets, note
 from .widget_run import RunView, run_text
 from ..core.config import Config
 from ..core.config_io import load_config
@@ -55,9 +55,9 @@ class TrainingWidget(Shown):
         self.go_on = w.Button(description="Go on", tooltip="Go on with the stopped run from its last checkpoint")
         for button, work in ((self.look, look_at_data), (self.start, begin), (self.go_on, go_on)):
             button.on_click(lambda _, work=work: in_background(lambda: work(self), self.failed))
-        self.said, self.report = w.HTML(), w.HTML()
+        self.said, self.report, self.halt = w.HTML(), w.HTML(), Halt(lambda words: setattr(self.said, "value", note(words)))
         self.tabs = w.Tab(children=[self.form.box, self.report], titles=("Recipe", "Data"), selected_index=0)
-        self.box = w.VBox([self.tabs, w.HBox([self.look, self.start, self.go_on]), self.said, self.view.box])
+        self.box = w.VBox([self.tabs, w.HBox([self.look, self.halt.button, self.start, self.go_on]), self.said, self.view.box])
         self.checked(self.form.check())
 
     def checked(self, found: FormCheck) -> None:
@@ -80,8 +80,8 @@ class TrainingWidget(Shown):
 # %% ../../nbs/app/553_training_widget.ipynb #22b54458
 def look_at_data(widget: TrainingWidget) -> None:
     "Prepare the data as training would, and show what was found. Raises `ConfigError`, `DataError` and `BotError`."
-    widget.said.value = note("Reading the data …")
-    report = inspect_data(widget.config)
+    with widget.halt as told:
+        report = inspect_data(widget.config, told)
     widget.report.value, widget.tabs.selected_index = html_view(report), 1
     widget.said.value = note("\n".join(report.errors), "error") or note("The data was read.", "good")
 

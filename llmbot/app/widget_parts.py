@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Points', 'COLOURS', 'WIDTH', 'HEIGHT', 'LEFT', 'BOTTOM', 'MOST', 'ipywidgets', 'thinned', 'ticks', 'frame',
-           'curve_svg', 'Shown', 'note', 'in_background', 'every']
+           'curve_svg', 'Shown', 'note', 'in_background', 'every', 'CancelledError', 'Halt']
 
 # %% ../../nbs/app/550_widget_parts.ipynb #c93be8c4
 import math
@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from ..core.errors import require
+from ..core.errors import LLMBotError, require
 
 # %% ../../nbs/app/550_widget_parts.ipynb #ebb3715a
 def ipywidgets() -> Any:  # the module
@@ -149,3 +149,37 @@ def every(
 
     threading.Thread(target=run, name="llmbot-widget-clock", daemon=True).start()
     return stop
+
+# %% ../../nbs/app/550_widget_parts.ipynb #2ddb4475
+class CancelledError(LLMBotError):
+    "A person has ended the work."
+
+
+class Halt:
+    "A button that ends a look at data, which tells how far it is; one look at a time."
+
+    def __init__(
+        self,
+        say: Callable[[str], None],  # is told how far the work is
+    ):
+        self.button, self.say = ipywidgets().Button(description="Cancel", disabled=True), say
+        self.asked, self.busy = threading.Event(), threading.Lock()
+        self.button.on_click(lambda _: self.asked.set())
+
+    def __enter__(self) -> Callable[[int], None]:  # what `inspect_data` tells
+        if not self.busy.acquire(blocking=False):
+            raise CancelledError("A look at the data is on already: wait for it, or cancel it.")
+        self.asked.clear()
+        self.button.disabled = False
+        self.say("Reading the data …")
+        return self.told
+
+    def __exit__(self, *_: object) -> None:
+        self.button.disabled = True
+        self.busy.release()
+
+    def told(self, rows: int) -> None:
+        "Say how far it is. Raises `CancelledError` once somebody has pressed the button."
+        if self.asked.is_set():
+            raise CancelledError(f"The look was cancelled after {rows:,} rows.")
+        self.say(f"Reading the data … {rows:,} rows so far")

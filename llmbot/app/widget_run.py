@@ -44,6 +44,8 @@ def status_line(
     parts = [status.state, f"step {status.step:,} of {status.max_steps:,}" if status.max_steps else ""]
     speed, loss = newest(history, "tokens_per_second"), newest(history, "loss")
     parts += [f"loss {loss:.4g}" if loss is not None else "", f"{speed:,.0f} tokens/s" if speed is not None else ""]
+    margin, right = newest(history, "rewards/margins"), newest(history, "rewards/accuracies")
+    parts += [f"margin {margin:.3g}" if margin is not None else "", f"{right:.0%} of pairs in order" if right is not None else ""]
     parts += [f"learning rate {status.learning_rate:.3g}" if status.learning_rate is not None else ""]
     parts += [f"about {time_text(status.seconds_left)} left" if status.seconds_left is not None else ""]
     parts += [f"memory {amount(status.memory_bytes)}" if status.memory_bytes else ""]
@@ -129,10 +131,10 @@ class RunView(Shown):
     ):
         w = ipywidgets()
         self.run = run if isinstance(run, LiveRun) or run is None else LiveRun(run)
-        self.line, self.loss, self.rate, self.said, self.log = (w.HTML() for _ in range(5))
+        self.line, self.loss, self.margin, self.rate, self.said, self.log = (w.HTML() for _ in range(6))
         self.levers = Levers(self.ask)
         folded = w.Accordion(children=[self.log], titles=("Log",), selected_index=None)
-        self.box = w.VBox([self.line, self.loss, self.rate, self.levers.box, self.said, folded])
+        self.box = w.VBox([self.line, self.loss, self.margin, self.rate, self.levers.box, self.said, folded])
         self.drawn = -1  # entries of the history that the curves show
         self.look()
         self.clock = every(seconds, self.look)
@@ -182,6 +184,8 @@ def show_run(view: RunView) -> None:
     if len(history) != view.drawn:
         view.drawn = len(history)
         view.loss.value = curve_svg("loss", {"train": curve_of(history, "loss"), "held out": curve_of(history, "eval_loss")})
+        margins = {"train": curve_of(history, "rewards/margins"), "held out": curve_of(history, "eval_rewards/margins")}
+        view.margin.value = curve_svg("margin between better and worse answers", margins) if any(margins.values()) else ""
         view.rate.value = curve_svg("learning rate", {"learning rate": curve_of(history, "learning_rate")})
     view.log.value = note("\n".join(view.run.log(40)) or "Nothing was printed.")
 

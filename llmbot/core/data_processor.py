@@ -27,7 +27,7 @@ from .config import DataConfig
 from .data_examples import Fitted, Kind, UnusableRow, example_digest, examples_of, held_out, prompt_group
 from .data_formats import Example
 from .data_reader import find_sources, read_rows
-from .data_report import AnswerStats, DataReport, Sample, SplitStats, count_loss, length_histogram
+from .data_report import AnswerStats, DataReport, Sample, SplitStats, Told, count_loss, length_histogram
 from .data_rows import Row, excerpt_of
 from .data_store import PreparedData, Splits, in_memory, load_entry, mix_entries, rows_of, store_entry
 from .data_tokens import Outcome, check_kind, encode_answers, encode_chats, encode_documents
@@ -41,8 +41,8 @@ BATCH_ROWS = 512  # rows that are tokenized at once
 class Books:
     "Counts rows in a `DataReport`, and remembers what was seen."
 
-    def __init__(self, config: DataConfig, report: DataReport) -> None:
-        self.config, self.report = config, report
+    def __init__(self, config: DataConfig, report: DataReport, told: Told = lambda rows: None) -> None:
+        self.config, self.report, self.told = config, report, told
         self.seen: set[int] = set()  # digests of examples
         self.remembers = True  # whether examples are added to `seen`
         self.unresolved: dict[str, str] = {}  # placeholder without a value -> place of the first
@@ -91,6 +91,7 @@ def documents_of(
     "Rows through all steps up to tokens; raises `DataError` at a bad row when the recipe says so."
     rows = iter(rows)
     while batch := list(itertools.islice(rows, BATCH_ROWS)):
+        books.told(books.report.rows_read)
         fitted: list[tuple[Row, Fitted]] = []
         for row in batch:
             books.report.rows_read += 1
@@ -299,7 +300,7 @@ def stream_data(
     count = min(PREVIEW_ROWS, config.max_rows or PREVIEW_ROWS)
     preview = dataclasses.replace(config, streaming=False, max_rows=count)
     report = DataReport(kind=kind, stop_token=chat.stop_token, settings=settings, partial=True)
-    splits = _build(preview, chat, kind, limit, packed, seed, report)
+    splits = _build(preview, chat, kind, limit, packed, seed, report, lambda rows: None)
     arguments = {"config": config, "chat": chat, "kind": kind, "limit": limit, "packed": packed, "seed": seed}
     train = datasets.IterableDataset.from_generator(_stream, gen_kwargs=arguments)
     report.warnings.append(f"streaming: the figures are of the first {count} rows, and exact duplicates are dropped from them only")
@@ -320,11 +321,10 @@ def _learned(config: DataConfig, chat: ChatFormat, books: Books, kind: Kind, lim
 
 # %% ../../nbs/core/034_data_processor.ipynb #b9c543af
 def _build(
-    config: DataConfig, chat: ChatFormat, kind: Kind, limit: int, packed: bool, seed: int, report: DataReport
+    config: DataConfig, chat: ChatFormat, kind: Kind, limit: int, packed: bool, seed: int, report: DataReport, told: Told
 ) -> Splits:
     "Read and encode everything; fills `report`; the documents and rows of each split."
-    books = Books(config, report)
-    held: list[Encoded] = []
+    books, held = Books(config, report, told), list[Encoded]()
     if config.validation:
         report.sources += find_sources(config.validation).names
         held = list(documents_of(read_rows(config.validation, split=config.split), config, chat, books, kind, limit))
@@ -350,8 +350,7 @@ def _build(
     if held:
         splits["validation"] = (held, rows_of(held, kind, limit, packed, seed))
         report.splits["validation"] = stats_of(held, len(splits["validation"][1]), chat)
-    chosen = sorted({int(i) for i in np.linspace(0, len(train) - 1, 5)})
-    report.samples = [sample_of(train[i], chat) for i in chosen]
+    report.samples = [sample_of(train[i], chat) for i in sorted({int(i) for i in np.linspace(0, len(train) - 1, 5)})]
     return splits
 
 # %% ../../nbs/core/034_data_processor.ipynb #7405c372
@@ -363,6 +362,7 @@ def prepare_data(
     max_seq_length: int,  # tokens of a row
     packing: bool,  # several documents in a row
     seed: int = 42,  # order of packed rows
+    told: Told = lambda rows: None,  # is told now and then how many rows were read; what it raises ends the work
 ) -> PreparedData:
     """Prepare data for training, or take it from the cache.
 
@@ -374,8 +374,8 @@ def prepare_data(
     check_kind(config, kind)
     packing = packing and kind in ("chat", "text")  # answers that are compared are never packed
     settings = {"kind": kind, "max_seq_length": max_seq_length, "packing": packing, "seed": seed}
-    told = ("train_on", "on_overlong", "validation_split", "order")
-    shown: dict[str, Any] = settings | {name: getattr(config, name) for name in told}
+    also = ("train_on", "on_overlong", "validation_split", "order")
+    shown: dict[str, Any] = settings | {name: getattr(config, name) for name in also}
     fingerprint = fingerprint_of(config, chat, settings)
     if config.streaming:
         return dataclasses.replace(stream_data(config, chat, kind, max_seq_length, packing, seed, shown), fingerprint=fingerprint)
@@ -385,7 +385,7 @@ def prepare_data(
         found.report.cached = True
         return found
     report = DataReport(kind=kind, stop_token=chat.stop_token, settings=shown, fingerprint=fingerprint)
-    splits = _build(config, chat, kind, max_seq_length, packing, seed, report)
+    splits = _build(config, chat, kind, max_seq_length, packing, seed, report, told)
     if cacheable:
         try:
             store_entry(entry, report, splits, packing)
