@@ -10,6 +10,7 @@ __all__ = ['app', 'WHO', 'Bot', 'Data', 'MaxRows', 'MaxTokens', 'Output', 'Html'
 # %% ../../nbs/app/538_cli_evaluate.ipynb #bf07fdab
 import contextlib
 import errno
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -19,9 +20,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .cli_config import AsJson, Overrides, Recipe, complete_bot, settle
-from .console import emit, only_json, say, terminal
+from .console import emit, finite, only_json, say, terminal
 from ..core.config import Config
 from ..core.errors import ConfigError, DataError
+from ..core.recipe import write_atomically
 
 if TYPE_CHECKING:
     from llmbot.evaluation.compare import Comparison
@@ -238,8 +240,7 @@ def lm_eval(
             report.notes.append(record_report(report, bot))
     found: list[dict[str, Any]] = [report.to_dict() for report in reports]
     if output:
-        with output.open("w", encoding="utf-8") as file:
-            emit(found, file)
+        write_atomically(output, json.dumps(finite(found), indent=2, ensure_ascii=False) + "\n")
     if as_json:
         emit(found)
     else:

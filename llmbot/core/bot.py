@@ -26,6 +26,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import TypeAdapter, ValidationError
+
 from .errors import BotError, storage_reason
 from .model_card import digest_of, model_card
 from .registry_layout import find_version, registered_names, registry_directory
@@ -253,7 +255,11 @@ def read_manifest(
     known = {f.name for f in fields(Manifest)}
     if unknown := sorted(set(raw) - known):
         raise BotError(f"{path} has unknown keys {unknown}: it was changed by hand or by another llmbot.")
-    return Manifest(**raw)
+    try:
+        return TypeAdapter(Manifest).validate_python(raw)
+    except ValidationError as exc:
+        what = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in exc.errors()[:3])
+        raise BotError(f"{path} is damaged ({what}). Restore it, or delete it to use the model without its history.") from exc
 
 # %% ../../nbs/core/012_bot.ipynb #3680abeb
 def verify_bot(

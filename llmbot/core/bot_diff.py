@@ -48,7 +48,7 @@ def compare_figures(
     after: Any,  # a figure, or None
 ) -> FigureChange:
     "How a figure differs."
-    (old, low), (new, high) = number_of(before), number_of(after)
+    (old, around), (new, beside) = number_of(before), number_of(after)
     numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in (old, new))
     note = ""
     if isinstance(before, Mapping) and isinstance(after, Mapping):
@@ -56,14 +56,14 @@ def compare_figures(
         if marks[0] != marks[1]:
             note = f"not on the same rows: {marks[0][0][2] or '?'} and {marks[1][0][2] or '?'}" + (
                 ", of other content" if marks[0][1] != marks[1][1] else "")
-        elif low and high:
-            note = "the intervals overlap" if low[0] <= high[1] and high[0] <= low[1] else "the intervals are apart"
-    return FigureChange(name, old, new, new - old if numbers else None, low, high, note)
+        elif around and beside:
+            note = "the intervals overlap" if around[0] <= beside[1] and beside[0] <= around[1] else "the intervals are apart"
+    return FigureChange(name, old, new, new - old if numbers else None, around, beside, note)
 
 # %% ../../nbs/core/064_bot_diff.ipynb #20ead1db
 @dataclass(frozen=True)
 class BotDiff:
-    "What differs between two bots; what is equal in both is not in it."
+    "What differs between two bots; of what is equal in both only the data is told, too."
 
     before: str
     after: str

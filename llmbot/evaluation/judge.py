@@ -161,7 +161,7 @@ def judge_pairs(
     judge: str | Path,  # the address of a server, or a bot
     pairs: Sequence[Pair],
     settings: RemoteSettings | None = None,  # of a server: the model's name, the key's variable, time limits
-    model: ModelConfig | None = None,  # of a bot: device, dtype
+    model: ModelConfig | None = None,  # of a bot: device, dtype, quantization
     max_new_tokens: int = 256,  # of a verdict with its reasons
     keep: Path | None = None,  # JSON lines to which verdicts are added as they come
     fresh: bool = False,
@@ -178,7 +178,7 @@ def judge_pairs(
         name, said = server.name, run_apart(answers_from_server(server, questions, max_new_tokens, progress, kept))
     else:
         m = model or ModelConfig()
-        bot = load_bot(judge, device=m.device, dtype=m.dtype, attn_implementation=m.attn_implementation, revision=m.revision)
+        bot = load_bot(judge, device=m.device, dtype=m.dtype, attn_implementation=m.attn_implementation, quantization=m.quantization)
         kept = Kept(keep, {"judge": bot_digest(bot.path) if bot.path else bot.reference.location, **about}, fresh)
         fit_judge(bot, questions, max_new_tokens)
         name, said = bot.name, answers_in_batches(bot, questions, max_new_tokens, 16, progress, kept)
