@@ -13,6 +13,7 @@ import errno
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -68,10 +69,15 @@ def is_address(
 
 
 def writable(*files: Path | None) -> None:
-    "Refuse, before anything is asked, a file that could not be written. Raises `FileNotFoundError`."
-    for path in files:
-        if path is not None and not path.absolute().parent.is_dir():
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+    "Refuse, before anything is asked, a file that could not be written. Raises `OSError`."
+    for path in filter(None, files):
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        try:
+            with tempfile.TemporaryFile(dir=path.absolute().parent):
+                pass
+        except OSError as exc:
+            raise type(exc)(exc.errno, exc.strerror, str(path)) from exc
 
 
 def kept_beside(output: Path | None) -> Path | None:

@@ -134,6 +134,8 @@ def choose_directory(
                 "or name a further stage with --stages.")
         return open_ones[-1]
     if directory is not None:
+        if Path(directory).is_file():
+            raise TrainingError(f"{directory} is a file. Choose another --dir.")
         if Path(directory).exists() and any(Path(directory).iterdir()):
             raise TrainingError(f"{directory} is not empty. Go on with it by --resume, or choose another --dir.")
         return Path(directory)

@@ -60,7 +60,7 @@ class ChatTemplate:
     def render(self, messages: Sequence[Message], tools: Any = None, add_generation_prompt: bool = False) -> str:
         "The template's text for quoted messages; raises `DataError` with the template's own words when it refuses."
         if not self.exists:
-            raise BotError("This bot has no chat template. Set model.chat_template=chatml, or call attach_chat_template.")
+            raise BotError("This bot has no chat template: it was not made for conversations. Train it on some first, which gives it one.")
         template = compile_template(self.tokenizer.get_chat_template(tools=tools or None))
         try:
             return template.render(

@@ -40,7 +40,8 @@ def read_recipe(
         raise ConfigError(f"{name} is empty. 'llmbot config init sft' prints a recipe to begin with")
     if not isinstance(node, yaml.MappingNode):
         why, line = f"expected the sections {', '.join(SECTIONS)}", node.start_mark.line + 1
-        raise InvalidConfigError([Fault("the recipe", shorten(node.value), why, None, name, line)])
+        given = shorten(node.value) if isinstance(node, yaml.ScalarNode) else "a list"
+        raise InvalidConfigError([Fault("the recipe", given, why, None, name, line)])
     for key, value in draft.value_of(node, name, ()).items():
         known = key in SECTIONS
         if known and value is not None and not isinstance(value, dict):

@@ -170,7 +170,7 @@ def read_parquet(path: Path) -> Iterator[Row]:
                 number += 1
                 yield Row(Location(str(path), number), record)
     except (pyarrow.ArrowException, OSError) as exc:
-        raise DataError(f"{path}: not a Parquet file that can be read: {exc}.") from exc
+        raise DataError(f"{path}: not a Parquet file that can be read: {str(exc).rstrip('.')}.") from exc
 
 # %% ../../nbs/core/020_data_reader.ipynb #40940457
 TEXT_BLOCK = 4096  # characters, about

@@ -71,6 +71,8 @@ WAYS_OUT = {
     errno.EACCES: "permission denied: choose another directory, or change its permissions",
     errno.EPERM: "permission denied: choose another directory, or change its permissions",
     errno.ENOTDIR: "a part of that path is a file, not a directory: choose another directory",
+    errno.EEXIST: "a part of that path is a file, not a directory: choose another directory",
+    errno.EISDIR: "it is a directory, and a file is needed: add the name of one",
 }
 
 

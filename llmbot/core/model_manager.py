@@ -44,7 +44,7 @@ def bot_errors(
     try:
         yield
     except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as exc:
-        reason = " ".join(str(exc).split())[:400] or type(exc).__name__
+        reason = f"it has no {exc}" if isinstance(exc, KeyError) else " ".join(str(exc).split())[:400] or type(exc).__name__
         raise BotError(f"Cannot load {what} of {where}: {reason}") from exc
 
 
@@ -87,7 +87,10 @@ def read_tokenizer(
     from transformers import AutoTokenizer
 
     with bot_errors("the tokenizer", reference.location):
-        return AutoTokenizer.from_pretrained(reference.location, **_from(reference, revision))
+        tokenizer = AutoTokenizer.from_pretrained(reference.location, **_from(reference, revision))
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # what transformers makes where the files are missing
+        raise BotError(f"The tokenizer of {reference.location} has no vocabulary: its files, such as tokenizer.json, are missing.")
+    return tokenizer
 
 # %% ../../nbs/core/040_model_manager.ipynb #f3e3591e
 def read_weights(

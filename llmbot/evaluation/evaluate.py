@@ -56,10 +56,12 @@ class Asking:
     progress: Progress | None = None
 
     def reading(self, bot: LoadedBot | None, compare: bool, surprise: bool) -> Reading:
-        "How rows become questions for a bot, or for a server. Raises `ConfigError` for a window that is no part of the context."
+        "How rows become questions for a bot, or for a server. Raises `ConfigError` for a window or a stride that does not fit."
         context = context_length(bot.config) if bot else sys.maxsize
         if self.window is not None and not 2 <= self.window <= context:
             raise ConfigError(f"a window of {self.window} tokens does not fit the context of {context}")
+        if self.stride is not None and not 1 <= self.stride < (self.window or context):
+            raise ConfigError(f"a stride of {self.stride} tokens does not fit windows of {self.window or context}")
         if self.layout is not None and "{prompt}" not in self.layout:
             raise ConfigError(f"the layout {self.layout!r} has no {{prompt}} in it")
         layout = self.layout if bot is None or not bot.chat.has_template else None

@@ -10,6 +10,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import copy
+import errno
 import socket
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -111,7 +112,8 @@ def listen(
         sock.listen(2048)
     except OSError as exc:
         sock.close()
-        message = f"cannot listen on {host} port {serving.port}: {exc.strerror or exc}. Choose another with serving.port=..."
+        which = "host" if isinstance(exc, socket.gaierror) or exc.errno == errno.EADDRNOTAVAIL else "port"
+        message = f"cannot listen on {host} port {serving.port}: {exc.strerror or exc}. Choose another with serving.{which}=..."
         raise ServingError(message) from exc
     shown = f"[{host}]" if ":" in host else host
     return sock, f"http://{shown}:{sock.getsockname()[1]}"
