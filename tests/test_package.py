@@ -38,9 +38,9 @@ def test_wheel_works_in_an_empty_environment(wheel: Path, tmp_path: Path) -> Non
     venv.create(tmp_path / "env", with_pip=True)
     python = tmp_path / "env" / "bin" / "python"
     install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-c", ROOT / "constraints.txt", wheel]
-    done = subprocess.run(install, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run(install, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
 
     def run(*command: str | Path) -> str:
         finished = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env, timeout=300)
