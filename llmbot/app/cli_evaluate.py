@@ -67,7 +67,7 @@ def is_address(
     "Whether a server is meant."
     return ref.startswith(("http://", "https://"))
 
-
+# %% ../../nbs/app/538_cli_evaluate.ipynb #81b04dca
 def writable(*files: Path | None) -> None:
     "Refuse, before anything is asked, a file that could not be written. Raises `OSError`."
     for path in filter(None, files):
