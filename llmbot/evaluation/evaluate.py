@@ -189,7 +189,7 @@ def readable(questions: Sequence[Question], answers: Sequence[str], each: int, s
     shown: list[AnsweredRow] = []
     for rows in by_group(questions).values():
         right = [i for i in rows if score(answers[i], questions[i].reference) == 1]
-        wrong = [i for i in rows if i not in set(right)]
+        wrong = sorted(set(rows) - set(right))
         few = wrong[: max(each - len(right), (each + 1) // 2)]
         for i in [*few, *right[: each - len(few)]]:
             q = questions[i]
