@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .bot import ADAPTER_CONFIG, Manifest, hash_files, is_adapter, read_manifest, resolve_reference
+from .bot import ADAPTER_CONFIG, Manifest, bot_files, hash_files, is_adapter, read_manifest, resolve_reference
 from .errors import BotError
 from .evaluations import known_metrics
 from .model_card import digest_of, model_card
@@ -73,7 +73,7 @@ class BotFacts:
     @property
     def size(self) -> int:
         "Bytes of all its files."
-        return sum(path.stat().st_size for path in self.directory.rglob("*") if path.is_file())
+        return sum(path.stat().st_size for path in bot_files(self.directory))
 
     def card(self) -> str:
         "The model card as of now."

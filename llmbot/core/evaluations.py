@@ -15,10 +15,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .bot import CARD, MANIFEST, bot_digest, read_manifest, storage_error
+from .bot import CARD, MANIFEST, NEXT, bot_digest, read_manifest, storage_error
 from .errors import BotError, ConfigError
 from .model_card import model_card
-from .recipe import write_atomically
+from .recipe import move_over, write_atomically, write_flushed
 
 # %% ../../nbs/core/015_evaluations.ipynb #94dce172
 SUFFIX = ".evaluations.jsonl"
@@ -105,16 +105,27 @@ def _into_file(path: Path, figures: Mapping[str, Mapping[str, Any]]) -> str:
     return str(target)
 
 
+def _edited(card: Path, ours: str) -> bool:
+    "Whether a person has changed a card. One that a killed process did not replace any more is older than the next one beside it."
+    ready = card.with_name(NEXT[CARD])
+    if not card.is_file() or card.read_text(encoding="utf-8") == ours:
+        return False
+    late = ready.is_file() and ready.stat().st_mtime_ns >= card.stat().st_mtime_ns
+    return not (late and ready.read_text(encoding="utf-8") == ours)
+
+
 def _into_manifest(path: Path, figures: Mapping[str, Mapping[str, Any]]) -> str:
     "Put figures into a manifest, whose list of files stays, and write the card anew unless a person has changed it."
     manifest = read_manifest(path)
     if manifest is None:
         raise BotError(f"{path} has no {MANIFEST}.")
-    card = path / CARD
-    edited = card.is_file() and card.read_text(encoding="utf-8") != model_card(asdict(manifest))
+    edited = _edited(path / CARD, model_card(asdict(manifest)))
     manifest.metrics = manifest.metrics | {name: dict(figure) for name, figure in figures.items()}
-    write_atomically(path / MANIFEST, json.dumps(asdict(manifest), indent=2, ensure_ascii=False) + "\n")
+    write_flushed(path / NEXT[CARD], model_card(asdict(manifest)))
+    write_flushed(path / NEXT[MANIFEST], json.dumps(asdict(manifest), indent=2, ensure_ascii=False) + "\n")
+    move_over(path / NEXT[MANIFEST], path / MANIFEST)
     if edited:
+        (path / NEXT[CARD]).unlink()
         return f"{path / MANIFEST}; {CARD} is not as llmbot writes it, and was left alone"
-    write_atomically(card, model_card(asdict(manifest)))
+    move_over(path / NEXT[CARD], path / CARD)
     return str(path / MANIFEST)

@@ -10,7 +10,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from .bot import CARD, MANIFEST, bot_digest, bot_writer, is_adapter, is_export, read_manifest, verify_bot
+from .bot import CARD, MANIFEST, bot_digest, bot_files, bot_writer, is_adapter, is_export, read_manifest, verify_bot
 from .bot_facts import BotFacts, bot_facts
 from .errors import BotError
 from .model_card import model_card
@@ -56,7 +56,7 @@ def export_bot(
     check_whole(known)
     own, has_manifest = card_is_ours(known.directory), (known.directory / MANIFEST).is_file()
     with bot_writer(dest, overwrite) as work:
-        for path in sorted(p for p in known.directory.rglob("*") if p.is_file()):
+        for path in bot_files(known.directory):
             target = work / path.relative_to(known.directory)
             target.parent.mkdir(parents=True, exist_ok=True)
             copy_file(path, target)

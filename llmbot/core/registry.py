@@ -21,10 +21,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from .bot import CARD, MANIFEST, Manifest, bot_digest, check_bot_files, file_digest, flush_to_disk, hash_files
+from .bot import CARD, MANIFEST, Manifest, bot_digest, bot_files, check_bot_files, file_digest, flush_to_disk, hash_files
 from .bot import is_adapter, is_export, read_manifest, resolve_reference, storage_error, verify_bot
 from .errors import BotError
 from .evaluations import SUFFIX, evaluations_file
+from .recipe import move_over, write_flushed
 from .registry_layout import ALIASES, REGISTRY_SCHEMA, Place, all_places, check_name, find_version, places_with_digest
 from .registry_layout import read_aliases, read_json, registered_names, registry_directory, version_places
 
@@ -35,12 +36,8 @@ def write_json(
 ) -> None:
     "Replace a file at one moment; it survives a power cut."
     tmp = path.with_name(f".{path.name}.tmp")
-    with tmp.open("w", encoding="utf-8") as f:
-        f.write(json.dumps({"schema_version": REGISTRY_SCHEMA} | data, indent=2, ensure_ascii=False) + "\n")
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(tmp, path)
-    flush_to_disk(path.parent, files=False)
+    write_flushed(tmp, json.dumps({"schema_version": REGISTRY_SCHEMA} | data, indent=2, ensure_ascii=False) + "\n")
+    move_over(tmp, path)
 
 
 def copy_file(
@@ -159,7 +156,7 @@ def stage_files(
     known: dict[str, Path],  # sha256 -> a read-only file with that content
 ) -> dict[str, str]:  # relative path -> sha256
     "Copy a bot's files, sharing what is known already, and make them read-only."
-    for path in sorted(p for p in source.rglob("*") if p.is_file()):
+    for path in bot_files(source):
         target, digest = dest / path.relative_to(source), file_digest(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
