@@ -1,5 +1,6 @@
 """What a server sends by OTLP, taken by a real HTTP receiver; the SDK's own exporter in memory and the conventions are the oracles."""
 
+import dataclasses
 import gzip
 import json
 import subprocess
@@ -191,6 +192,34 @@ def check_metrics(sent: ExportMetricsServiceRequest, usage: dict[str, int]) -> N
     routes = {(labels["http.route"], labels["http.response.status_code"]): count
               for labels, count, _ in points("http.server.request.duration")}  # fmt: skip
     assert routes == {("/v1/chat/completions", 200): 1, ("/v1/completions", 400): 1, ("/v1/completions", 200): 1}
+
+
+@pytest.mark.server
+def test_a_trace_goes_on_to_the_server_behind(bot: str, memory: InMemorySpanExporter) -> None:
+    "Two llmbot servers in a chain: the client's trace holds the spans of both, the second's request below the first's."
+    with collecting() as collector:
+        monitoring = {"otlp_endpoint": collector.url}
+        with running_server(config(bot, monitoring)) as behind:
+            before = dataclasses.replace(config(bot, monitoring, backend="remote"), engine={"urls": [f"{behind}/v1"]})
+            headers = {"traceparent": f"00-{TRACE}-{PARENT}-01"}
+            with running_server(before) as url:
+                asked = {"messages": MESSAGES, "max_tokens": 3, "temperature": 0}
+                for path, body in (("chat/completions", {**asked, "stream": True}), ("embeddings", {"input": SECRET})):
+                    answer = httpx.post(f"{url}/v1/{path}", json=body, headers=headers, timeout=60)
+                    assert answer.status_code == 200, answer.text
+                assert httpx.post(f"{url}/v1/chat/completions", json=asked, timeout=60).status_code == 200
+    ours = [span for span in collector.spans if span.trace_id.hex() == TRACE]
+    by_id = {span.span_id: span for span in ours}
+    requests = [(s.name, by_id[s.parent_span_id].name if s.parent_span_id in by_id else s.parent_span_id.hex())
+                for s in ours if s.kind == Span.SPAN_KIND_SERVER]  # fmt: skip
+    assert sorted(requests) == sorted([
+        ("POST /v1/chat/completions", PARENT), ("POST /v1/completions", "POST /v1/chat/completions"),
+        ("POST /v1/embeddings", PARENT), ("POST /v1/embeddings", "POST /v1/embeddings")])  # fmt: skip
+    assert sorted(s.name for s in ours if s.kind == Span.SPAN_KIND_INTERNAL) == [
+        "chat alice", "embeddings alice", "embeddings alice", "text_completion alice"]  # fmt: skip
+    others = {span.trace_id for span in collector.spans} - {bytes.fromhex(TRACE)}
+    assert len(others) == 1  # that of the client without a trace, which the first server began, is in both as well
+    assert len([s for s in collector.spans if s.trace_id in others]) == 4
 
 
 @pytest.mark.server

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['SPAN_NAMES', 'COUNTS', 'HISTOGRAMS', 'ASKED', 'SILENT', 'logger', 'wanted', 'address', 'resource_of',
            'tracer_provider', 'meter_provider', 'facts_of', 'message', 'texts_of', 'Span', 'Seen', 'Measuring',
-           'Tracing', 'Telemetry', 'Traced']
+           'Tracing', 'Telemetry', 'trace_headers', 'Traced']
 
 # %% ../../nbs/monitoring/150_telemetry.ipynb #ad324bee
 import contextlib
 import json
 import logging
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -320,6 +321,17 @@ class Telemetry(Tracing):
             end.join(max(until - time.monotonic(), 0))
         if any(end.is_alive() for end in ends):
             logger.warning("the OpenTelemetry collector did not take what was left within %g s: it is lost", wait_s)
+
+# %% ../../nbs/monitoring/150_telemetry.ipynb #ff657dbb
+def trace_headers() -> dict[str, str]:  # traceparent, and tracestate where there is one
+    "What names the present trace to another server. Empty where there is none; OpenTelemetry is not imported for it."
+    if "opentelemetry.trace" not in sys.modules:
+        return {}
+    from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+    headers: dict[str, str] = {}
+    TraceContextTextMapPropagator().inject(headers)
+    return headers
 
 # %% ../../nbs/monitoring/150_telemetry.ipynb #eb99cf90
 class Traced:

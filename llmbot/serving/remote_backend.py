@@ -23,6 +23,7 @@ from ..core.config import Config
 from ..core.errors import ConfigError
 from ..core.model_manager import LoadedBot, context_length, load_bot
 from ..core.settings import without_login
+from ..monitoring.telemetry import trace_headers
 from .backends import Capabilities, EngineHealth, check_request, engine_settings, register_backend, require_started
 from .engine_settings import RemoteSettings
 from .remote_answers import HONOURED, Reading, UpstreamError, UpstreamTimeoutError, Vocabulary, remote_body, remote_events
@@ -96,7 +97,8 @@ async def connect(client: httpx.AsyncClient, settings: RemoteSettings, url: str,
     path = "/chat/completions" if "messages" in body else "/completions"
     try:
         async with asyncio.timeout(settings.first_token_timeout_s):
-            response = await client.send(client.build_request("POST", url.rstrip("/") + path, json=body), stream=True)
+            asked = client.build_request("POST", url.rstrip("/") + path, json=body, headers=trace_headers())
+            response = await client.send(asked, stream=True)
             if response.status_code != 200:
                 raise upstream_refusal(response.status_code, (await response.aread())[:10_000], response.headers.get("retry-after"))
             events = remote_events(response.aiter_bytes())
@@ -156,7 +158,7 @@ async def remote_vector(client: httpx.AsyncClient, settings: RemoteSettings, url
     "Ask one server for a vector. Raises `RequestError` or `httpx.TransportError`."
     try:
         async with asyncio.timeout(settings.first_token_timeout_s):
-            response = await client.post(url.rstrip("/") + "/embeddings", json=body)
+            response = await client.post(url.rstrip("/") + "/embeddings", json=body, headers=trace_headers())
     except TimeoutError as exc:
         seconds = settings.first_token_timeout_s
         raise UpstreamTimeoutError(f"the remote server sent no vector within {seconds:g} seconds", code="upstream_timeout") from exc
