@@ -33,6 +33,7 @@ from llmbot.core.registry_aliases import alias_history, promote
 from llmbot.core.registry_layout import find_version, read_aliases, version_places
 from llmbot.monitoring.mlflow_models import pull_from_mlflow
 from llmbot.serving.api_server import running_server
+from llmbot.serving.decoding import ask
 from llmbot.training.trainer import train
 
 
@@ -120,7 +121,7 @@ def test_killed_at_any_moment_the_registry_stays_valid(tmp_path: Path) -> None:
     "Whatever the moment: every version is whole, aliases mean one, histories are chains, and a folder that was written is whole or absent."
     bot, root, out, chance = fake_bot(tmp_path / "mine", "y" * 100_000), tmp_path / "registry", tmp_path / "hub", random.Random(1)
     register(bot, root=root)
-    registered, tried = 1, set[str]()
+    registered, exported, tried = 1, False, set[str]()
     for turn in range(12):
         process = start(TURN, bot, root, out, turn)
         assert process.stdout is not None
@@ -136,7 +137,8 @@ def test_killed_at_any_moment_the_registry_stays_valid(tmp_path: Path) -> None:
             moves = [move for move in alias_history("mine", root) if move["alias"] == alias]
             assert [move["from"] for move in moves[1:]] == [move["to"] for move in moves[:-1]]
             assert not moves or moves[-1]["to"] == (state["aliases"].get(alias) if alias == "production" else numbers[-1])
-        assert not out.exists() or verify_bot(out) == []
+        exported = exported or out.exists()
+        assert not exported or verify_bot(out) == []
         newest = register(bot, root=root)
         assert newest.number > max(numbers)
         assert newest.number > registered
@@ -144,6 +146,60 @@ def test_killed_at_any_moment_the_registry_stays_valid(tmp_path: Path) -> None:
     assert tried == {"register", "promote", "rollback", "delete", "gc", "export"}
     gc(root)
     assert not [path for path in root.rglob("*") if path.name.startswith((".partial-", ".trash-")) or path.suffix == ".tmp"]
+    assert verify_registry(root) == {}
+
+
+RECORD = """
+import os, signal, sys
+from llmbot.core.bot import bot_digest
+from llmbot.core.evaluations import record_evaluation
+figure = {"value": 0.5, "digest": bot_digest(sys.argv[1])}
+
+def deadly(name, calls):
+    "Have this process killed in a call of the system's: the first, the second, ..."
+    real = getattr(os, name)
+    def call(*arguments, **named):
+        calls[0] -= 1
+        if calls[0] < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*arguments, **named)
+    setattr(os, name, call)
+
+for name, lived in (("fsync", 0), ("fsync", 1), ("replace", 0), ("fsync", 2), ("replace", 1), ("fsync", 3), ("fsync", 9)):
+    if not (child := os.fork()):
+        deadly(name, [lived])
+        record_evaluation(sys.argv[1], {f"{name}/{lived}": figure})
+        os._exit(0)
+    print(name, lived, os.waitpid(child, 0)[1], flush=True)
+    input()
+"""
+
+
+def test_killed_while_figures_are_recorded_a_bot_is_whole(tmp_path: Path) -> None:
+    "In every call that writes through or renames: the bot verifies, registers and exports as itself, and its card is written again later."
+    bot, root = fake_bot(tmp_path / "mine"), tmp_path / "registry"
+    digest, ends = bot_digest(bot), list[int]()
+    child = subprocess.Popen([sys.executable, "-c", RECORD, str(bot)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert child.stdin is not None
+    assert child.stdout is not None
+    for line in child.stdout:
+        name, lived, end = line.split()
+        ends.append(int(end))
+        assert (verify_bot(bot), bot_digest(bot)) == ([], digest)
+        manifest = read_manifest(bot)
+        assert manifest is not None
+        recorded = {"fsync": int(lived) > 1, "replace": int(lived) > 0}[name]
+        assert (f"{name}/{lived}" in manifest.metrics) == recorded
+        copies = [register(bot, root=root).directory, tmp_path / f"hub-{len(ends)}"]
+        export_bot(bot, copies[1])
+        for copy in copies:
+            assert {path.name for path in copy.iterdir()} == {"config.json", "model.safetensors", "llmbot.json", "README.md"}
+        child.stdin.write("\n")
+        child.stdin.flush()
+    assert child.wait() == 0
+    assert ends == [signal.SIGKILL] * 6 + [0]
+    assert (bot / "README.md").read_text() == bot_facts(bot).card()
+    assert len(list(bot.iterdir())) == 4
     assert verify_registry(root) == {}
 
 
@@ -271,11 +327,12 @@ def test_a_gate_reads_what_evaluate_found(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_mlflow_keeps_a_bot_and_gives_it_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    "Through the commands, in a SQLite store on disk; MLflow's own client sees what was pushed. Without MLflow, the extra is named."
+    "Through the commands, in a SQLite store on disk; MLflow's own client sees what was pushed and runs it. Without MLflow: the extra."
+    import mlflow
     from mlflow import MlflowClient
 
     monkeypatch.setenv("LLMBOT_REGISTRY", str(tmp_path / "registry"))
-    bot, store = fake_bot(tmp_path / "mine"), f"sqlite:///{tmp_path}/mlflow.db"
+    bot, store = make_bot(tmp_path, "mine"), f"sqlite:///{tmp_path}/mlflow.db"
     register(bot)
     pushed = json.loads(command(["models", "export", "mine@1", "mlflow:helper", "--uri", store, "--json"], capsys))
     assert pushed == {"bot": "mine@1", "pushed": "mlflow:helper/1"}
@@ -283,6 +340,11 @@ def test_mlflow_keeps_a_bot_and_gives_it_back(tmp_path: Path, monkeypatch: pytes
     assert (version.tags["llmbot.digest"], version.status) == (bot_digest(bot), "READY")
     back = json.loads(command(["models", "register", "mlflow:helper/1", "--uri", store, "--json"], capsys))
     assert (back["version"], back["digest"], back["source"]) == ("helper@1", bot_digest(bot), f"mlflow:helper/1 of {store}")
+    mlflow.set_tracking_uri(store)
+    questions = ["What is 12 + 30?", "Once upon a time"]
+    assert mlflow.pyfunc.load_model("models:/helper/1").predict(questions) == [ask(bot, question) for question in questions]
+    said = command(["models", "--help"], capsys)
+    assert "pull one from MLflow's registry" in " ".join(said.replace("│", " ").split())
     monkeypatch.setitem(sys.modules, "mlflow", None)
     with pytest.raises(MissingExtraError, match=r"llmbot\[mlflow\]"):
         pull_from_mlflow("helper", uri=store)

@@ -38,7 +38,7 @@ def register(
     uri: Store = None,
     as_json: AsJson = False,
 ) -> None:
-    "Copy a bot into the registry, as a version that never changes."
+    "Copy a bot, or pull one from MLflow's registry (mlflow:NAME/3), as a version that never changes."
     if bot.startswith(MLFLOW):
         from llmbot.monitoring.mlflow_models import pull_from_mlflow
 
@@ -105,7 +105,7 @@ def export(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a bot that is there.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    "Write a bot as a folder for a model hub, or push it to MLflow's registry."
+    "Write a bot as a folder for a model hub, or push it to MLflow's registry (mlflow:NAME)."
     if dest.startswith(MLFLOW):
         from llmbot.monitoring.mlflow_models import push_to_mlflow
 
