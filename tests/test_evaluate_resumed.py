@@ -151,6 +151,18 @@ def test_figures_stay_with_the_bot(home: Path, capsys: pytest.CaptureFixture[str
     promote("mine@1", require=[f"chrf>={report['metrics']['chrf'] - 0.01}"])
     with pytest.raises(BotError, match="compared is the lower end of its interval"):
         promote("mine@1", "canary", [f"chrf.low>{report['intervals']['chrf']['high']}"])
+    make_bot(home, "other", seed=9)
+    code, found = run("compare", "other", "mine@1", "--data", "rows.jsonl", "--metrics", "chrf", "model.device=cpu")
+    more, less = known_metrics(place.directory)["rows.jsonl/chrf_over_other"], known_metrics("other")["rows.jsonl/chrf_over_mine@1"]
+    difference = found["differences"]["chrf"]
+    assert (code, more["value"]) == (0, difference["second"] - difference["first"])
+    assert (more["interval"], more["over_digest"]) == ([difference["interval"][end] for end in ("low", "high")], bot_digest("other"))
+    assert (less["value"], less["over_digest"], less["wins"], less["losses"]) == (-more["value"], digest, more["losses"], more["wins"])
+    assert more["settings"]["wins_by"] == less["settings"]["wins_by"] == "chrf"
+    assert "### Compared with other bots" in (home / "other" / "README.md").read_text()
+    assert (verify_bot("other"), verify_registry()) == ([], {})
+    promote("mine@1", "better", [f"chrf_over_other.low>={more['interval'][0]}"])
+
     with_hand = (home / "tiny" / "config.json").read_text()
     (home / "tiny" / "config.json").write_text(with_hand + " ")
     _, report = run("evaluate", "tiny", "--data", "rows.jsonl", "--metrics", "chrf", "--no-record", "model.device=cpu")

@@ -23,6 +23,7 @@ from llmbot.evaluation.compare import compare_bots
 from llmbot.evaluation.evaluate import evaluate_bot
 from llmbot.evaluation.html_report import comparison_page
 from llmbot.evaluation.judge import Pair, judge_pairs
+from llmbot.evaluation.measure import LIKELIHOOD
 from llmbot.monitoring.bootstrap import sign_test
 from llmbot.serving.api_server import running_server
 from llmbot.serving.engine_settings import RemoteSettings
@@ -149,8 +150,9 @@ def test_a_judge_on_this_machine(bots: list[Path], tmp_path: Path) -> None:
 
 
 def test_a_server_by_its_address(bots: list[Path], tmp_path: Path) -> None:
-    "What is measured through a server is what is measured of its bot, by messages and by text."
+    "What is measured through a server is what is measured of its bot: answers by messages, and the likelihood token by token."
     data = write(tmp_path / "rows.jsonl", TALKS)
+    texts = write(tmp_path / "texts.jsonl", [{"text": "Once upon a time there were 😀 bots. " * n} for n in (1, 5)])
     serving = ServingConfig(models=[str(bot) for bot in bots], port=0, token=SecretStr(KEY))
     metrics = ["exact_match", "token_f1", "chrf"]
     with running_server(Config(model=ModelConfig(device="cpu"), serving=serving)) as url:
@@ -162,6 +164,20 @@ def test_a_server_by_its_address(bots: list[Path], tmp_path: Path) -> None:
             evaluate_bot(url, data, ["perplexity"])
         with pytest.raises(ConfigError, match="holds a user"):
             evaluate_bot(url.replace("//", f"//me:{KEY}@"), data, metrics)
+        likely = evaluate_bot(f"{url}#two", [data, texts], list(LIKELIHOOD), tokenizer=bots[0], window=20, stride=9)
+        apart = compare_bots(f"{url}#one", bots[1], data, ["bits_per_byte"], tokenizer=bots[0], model=CPU, resamples=50)
+        other = make_bot(tmp_path, "other-words", words=["zebra quokka 0123456789"])
+        with pytest.raises(ConfigError, match="where the tokenizer of other-words has"):
+            evaluate_bot(f"{url}#two", data, ["perplexity"], tokenizer=other)
+    alone = evaluate_bot(bots[1], [data, texts], list(LIKELIHOOD), model=CPU, window=20, stride=9)
+    assert likely.metrics == pytest.approx(alone.metrics, rel=1e-5)
+    for name, there_is in likely.intervals.items():
+        assert (there_is.low, there_is.high) == pytest.approx((alone.intervals[name].low, alone.intervals[name].high), rel=1e-5)
+    assert (likely.rows, likely.fingerprint) == (alone.rows, alone.fingerprint)
+    ours, theirs = (found.differences["bits_per_byte"] for found in (
+        compare_bots(bots[0], bots[1], data, ["bits_per_byte"], model=CPU, resamples=50), apart))  # fmt: skip
+    assert (theirs.first, theirs.second, theirs.value) == pytest.approx((ours.first, ours.second, ours.value), rel=1e-4)
+    assert (theirs.interval.low, theirs.interval.high) == pytest.approx((ours.interval.low, ours.interval.high), rel=1e-3)
     here = evaluate_bot(bots[1], data, metrics, model=CPU, max_new_tokens=9, examples=20)
     assert there.metrics == here.metrics
     assert [e.answer for e in there.examples] == [e.answer for e in here.examples]

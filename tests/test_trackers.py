@@ -514,6 +514,37 @@ def test_a_chain_of_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         assert (begun.run_id, begun.run_group, begun.job_type) == (who["id"], root, who["method"])
         others = {m["payload"]["key"]: m["payload"]["value"] for m in messages if m["type"] == "log_other"}
         assert (others["parent"], others["root"]) == (parent or "", root if parent else "")
+    check_evaluation_in_all(tmp_path, chain[-1])
+
+
+def check_evaluation_in_all(folder: Path, who: dict[str, Any]) -> None:
+    "The figures of an evaluation of the last bot, read back from each of the four, as a run below that of its training."
+    from llmbot.evaluation.evaluate import evaluate_bot
+    from llmbot.evaluation.tracking import numbers_of, track
+
+    bot = folder / who["name"]
+    report = evaluate_bot(bot, folder / "chats.jsonl", ["token_f1", "bits_per_byte"], model=ModelConfig(device="cpu"), max_new_tokens=4)
+    cfg = Config(monitoring=MonitoringConfig(trackers=FOUR))
+    assert track(report, bot, cfg) == dict.fromkeys(FOUR, 0)
+    wanted = {name: [(0, value)] for name, value in numbers_of(report).items()}
+    assert {"evaluation/token_f1", "evaluation/token_f1_low", "evaluation/bits_per_byte_high", "evaluation/rows"} <= wanted.keys()
+    [home] = (folder / f"{who['name']}.run" / "evaluations").iterdir()
+    name = f"{who['name']} evaluation"
+    scalars, _ = tensorboard_events(home, name)
+    client = mlflow_client(folder)
+    [run] = client.search_runs([client.get_experiment_by_name("llmbot").experiment_id], f"attributes.run_name = '{name}'")
+    _, in_mlflow = mlflow_run(client, run.data.tags["llmbot.run_id"])
+    [record] = (home / "wandb").glob("offline-run-*/run-*.wandb")
+    in_wandb, records = wandb_history(record)
+    [archive] = (home / "comet").glob("*.zip")
+    in_comet, messages, _ = comet_messages(home, archive.stem)
+    for read in (in_mlflow, in_wandb, in_comet):
+        assert {key: values for key, values in read.items() if key.startswith("evaluation/") and key in wanted} == wanted
+    assert {key: scalars[key] for key in wanted} == {key: [(0, pytest.approx(value, rel=1e-6))] for key, [(_, value)] in wanted.items()}
+    others = {m["payload"]["key"]: m["payload"]["value"] for m in messages if m["type"] == "log_other"}
+    assert (run.data.tags["llmbot.parent"], others["parent"]) == (who["id"], who["id"])
+    [begun] = [r.run for r in records if r.WhichOneof("record_type") == "run"][:1]
+    assert (begun.run_id, begun.job_type) == (archive.stem, "evaluation")
 
 
 def answer_of(command: list[str], url: str, folder: Path) -> str:

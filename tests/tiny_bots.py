@@ -16,9 +16,9 @@ torch.set_num_threads(1)  # models this small are fastest on one thread, and two
 CORPUS = ["Grüße, 世界! 😀 What is 12 + 30? It is 42.", "Once upon a time there was a bot.\u2028Ünïcödé 字字 😀😁"]
 
 
-def make_bot(folder: Path, name: str, seed: int = 1, **shape: int) -> Path:
+def make_bot(folder: Path, name: str, seed: int = 1, words: list[str] = CORPUS, **shape: int) -> Path:
     "A Qwen3 of random weights whose greedy answers are not all alike, and are full of broken characters."
-    tokenizer = train_tokenizer(CORPUS * 20, vocab_size=340)
+    tokenizer = train_tokenizer(words * 20, vocab_size=340)
     model = new_model(ModelConfig(preset="qwen3-0.2m", **shape), tokenizer, seed=seed)
     for weight in model.parameters():
         weight.data *= 3

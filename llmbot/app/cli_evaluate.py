@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'WHO', 'Bot', 'Data', 'MaxRows', 'MaxTokens', 'Output', 'Html', 'Fresh', 'Track', 'Layout', 'Stop', 'Window',
-           'Stride', 'names_in', 'unescaped', 'is_address', 'writable', 'kept_beside', 'progress_of', 'deliver',
-           'tell_trackers', 'settings_for', 'evaluate', 'compare', 'lm_eval']
+           'Stride', 'Tokenizer', 'names_in', 'unescaped', 'is_address', 'writable', 'kept_beside', 'progress_of',
+           'deliver', 'tell_trackers', 'settings_for', 'engine_here', 'evaluate', 'compare', 'lm_eval']
 
 # %% ../../nbs/app/538_cli_evaluate.ipynb #bf07fdab
 import contextlib
@@ -27,7 +27,7 @@ from ..core.errors import ConfigError, DataError
 from ..core.recipe import write_atomically
 
 if TYPE_CHECKING:
-    from llmbot.evaluation.compare import Comparison
+    from llmbot.evaluation.comparison import Comparison
     from llmbot.evaluation.report import EvaluationReport
 
 # %% ../../nbs/app/538_cli_evaluate.ipynb #a6592dac
@@ -45,6 +45,9 @@ Layout = Annotated[str | None, typer.Option(help="How a bot without a chat templ
 Stop = Annotated[str | None, typer.Option(help="Answers end before this text, such as '\\n'.", show_default=False)]
 Window = Annotated[int | None, typer.Option(min=2, help="Tokens in which a long text is measured.", show_default="the context")]
 Stride = Annotated[int | None, typer.Option(min=1, help="Tokens from one window to the next.", show_default="window - 1")]
+
+Tokenizer = Annotated[str | None, typer.Option(metavar="BOT", help="Has the tokenizer of a server's model, for its likelihood.",
+                                               show_default=False)]
 
 
 def names_in(
@@ -99,14 +102,17 @@ def deliver(
     found: "EvaluationReport | Comparison",
     output: Path | None,
     html: Path | None,
+    track: tuple[str, Config] | None,  # the bot that it is about, and the configuration that names the trackers
 ) -> None:
-    "Write what was asked for."
+    "Write what was asked for, and send it to trackers. Raises `ConfigError` where there is no tracker."
     if output:
         found.save(output)
     if html:
         from llmbot.evaluation.html_report import save_html
 
         save_html(found, html)
+    if track:
+        tell_trackers(found, *track)
 
 
 def tell_trackers(found: "EvaluationReport | Comparison", ref: str, cfg: Config) -> None:
@@ -132,6 +138,11 @@ def settings_for(
         raise ConfigError("--model names a model of a server: give the server's address in the place of the bot")
     return settle(config, overrides, serving__backend="remote" if server else None, engine__model=model)
 
+
+def engine_here(cfg: Config) -> str:
+    "What answers for a bot on this machine: PyTorch where the engine in force is the way to a server."
+    return "torch" if cfg.serving.backend == "remote" and not cfg.engine.get("urls") else cfg.serving.backend
+
 # %% ../../nbs/app/538_cli_evaluate.ipynb #08cca17f
 @app.command()
 def evaluate(
@@ -148,6 +159,7 @@ def evaluate(
     stop: Stop = None,
     window: Window = None,
     stride: Stride = None,
+    tokenizer: Tokenizer = None,
     output: Output = None,
     html: Html = None,
     fresh: Fresh = False,
@@ -163,15 +175,13 @@ def evaluate(
     writable(output, html)
     from llmbot.evaluation.evaluate import evaluate_bot
 
-    names = names_in(metrics if metrics is not None else "exact_match" if server else "exact_match,perplexity")
+    names = names_in(metrics if metrics is not None else "exact_match" if server and not tokenizer else "exact_match,perplexity")
     with progress_of(as_json) as progress:
         report = evaluate_bot(
             bot, data, names, config=cfg.data, model=cfg.model, backend=cfg.serving.backend, engine=cfg.engine, group_by=group_by,
             max_rows=max_rows, max_new_tokens=max_new_tokens, progress=progress, layout=unescaped(layout), stop=unescaped(stop),
-            window=window, stride=stride, keep=kept_beside(output), fresh=fresh, record=record)  # fmt: skip
-        deliver(report, output, html)
-        if track:
-            tell_trackers(report, bot, cfg)
+            window=window, stride=stride, keep=kept_beside(output), fresh=fresh, record=record, tokenizer=tokenizer)  # fmt: skip
+        deliver(report, output, html, (bot, cfg) if track else None)
     emit(report.to_dict()) if as_json else terminal().print(report)
 
 # %% ../../nbs/app/538_cli_evaluate.ipynb #a27b67a8
@@ -190,9 +200,11 @@ def compare(
     stop: Stop = None,
     window: Window = None,
     stride: Stride = None,
+    tokenizer: Tokenizer = None,
     output: Output = None,
     html: Html = None,
     fresh: Fresh = False,
+    record: Annotated[bool, typer.Option("--record/--no-record", help="Keep the comparison with both bots, for cards and gates.")] = True,
     track: Track = False,
     config: Recipe = None,
     as_json: AsJson = False,
@@ -206,13 +218,11 @@ def compare(
 
     with progress_of(as_json) as progress:
         found = compare_bots(
-            first, second, data, names_in(metrics), config=cfg.data, model=cfg.model, backend=cfg.serving.backend, engine=cfg.engine,
+            first, second, data, names_in(metrics), config=cfg.data, model=cfg.model, backend=engine_here(cfg), engine=cfg.engine,
             max_rows=max_rows, max_new_tokens=max_new_tokens, progress=progress, layout=unescaped(layout), stop=unescaped(stop),
             window=window, stride=stride, keep=kept_beside(output), fresh=fresh, judge=judge,
-            judge_settings={"model": judge_model} if judge_model else {})  # fmt: skip
-        deliver(found, output, html)
-        if track:
-            tell_trackers(found, second, cfg)
+            judge_settings={"model": judge_model} if judge_model else {}, record=record, tokenizer=tokenizer)  # fmt: skip
+        deliver(found, output, html, (second, cfg) if track else None)
     emit(found.to_dict()) if as_json else terminal().print(found)
 
 # %% ../../nbs/app/538_cli_evaluate.ipynb #f2b7594d

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['EXPORT_METHOD', 'HUB_LICENSES', 'TOLD', 'escaped', 'code', 'table', 'dotted', 'digest_of', 'measured', 'shown',
            'about', 'license_fields', 'relation', 'index_entry', 'card_header', 'method_section', 'data_section',
-           'figures_section', 'hardware_section', 'other_ways', 'license_section', 'model_card']
+           'settings_lines', 'compared_parts', 'figures_section', 'hardware_section', 'other_ways', 'license_section',
+           'model_card']
 
 # %% ../../nbs/core/011_model_card.ipynb #800ba827
 import hashlib
@@ -67,10 +68,12 @@ def digest_of(
 
 def measured(
     facts: Mapping[str, Any],  # of a manifest
+    over: bool = False,  # what comparisons with other bots found; else what was found of this one
 ) -> tuple[dict[str, Mapping[str, Any]], list[str]]:  # figures by name; names of those of other weights
     "What evaluations found."
     digest = digest_of(facts.get("files", {}))
     found = {name: value for name, value in facts.get("metrics", {}).items() if isinstance(value, Mapping) and "value" in value}
+    found = {name: value for name, value in found.items() if ("over" in value) == over}
     own = {name: value for name, value in found.items() if value.get("digest", digest) == digest}
     return own, [name for name in found if name not in own]
 
@@ -189,25 +192,50 @@ def data_section(
     return "## Data\n\n" + table(("files", "rows", "fingerprint"), rows)
 
 
+def settings_lines(
+    figures: Iterable[Mapping[str, Any]],
+) -> list[str]:  # each once
+    "How figures were measured."
+    told = {}
+    for figure in figures:
+        text = "; ".join(f"{escaped(key)} {escaped(value)}" for key, value in (figure.get("settings") or {}).items())
+        told[about(figure)[1], text] = text
+    return [f"Settings of {escaped(data) or 'the evaluation'}: {text}." for (data, _), text in told.items() if text]
+
+
+def compared_parts(
+    facts: Mapping[str, Any],  # of a manifest
+) -> list[str]:
+    "What comparisons with other bots found, in the order in which they were made."
+    header = ("metric", "difference", "this bot", "the other", "p", "wins, losses, ties", "over", "split", "data", "rows")
+    rows, found = [], measured(facts, over=True)[0]
+    for f in found.values():
+        other = str(f["over"]) + (f" ({str(f['over_digest'])[:12]})" if f.get("over_digest") else "")
+        judged = f", judge {f['judge']}: {shown(f['judge_score'])}" if "judge" in f else ""
+        rows.append((f.get("metric", ""), shown(f), *(shown(f.get(key, "")) for key in ("this", "other", "p_value")),
+                     ", ".join(str(f.get(key, "?")) for key in ("wins", "losses", "ties")) + judged, other, *about(f)))
+    note = ("Both bots answered the same rows. In brackets: the interval of the difference, by resampling the rows of both together. In "
+            "brackets behind the other bot: the beginning of its digest.")
+    return ["### Compared with other bots", table(header, rows), note, *settings_lines(found.values())] if rows else []
+
+
 def figures_section(
     facts: Mapping[str, Any],  # of a manifest
 ) -> str:
     "What was measured, on what, and how."
-    found, others = measured(facts)
+    (found, others), (differences, stale) = measured(facts), measured(facts, over=True)
     rows = [(name, shown(figure), *about(figure)) for name, figure in found.items()]
     header, note = ("metric", "value", "split", "data", "rows"), "In brackets: the interval that resampling rows gives."
     parts = [table(header, rows), note] if rows else []
-    settings = {}
-    for figure in found.values():
-        told = "; ".join(f"{escaped(key)} {escaped(value)}" for key, value in (figure.get("settings") or {}).items())
-        settings[about(figure)[1], told] = told
-    parts += [f"Settings of {escaped(data) or 'the evaluation'}: {told}." for (data, _), told in settings.items() if told]
-    if others:
-        parts.append(f"Left out, because other weights were measured: {', '.join(map(code, others))}.")
-    rest = {name: value for name, value in facts.get("metrics", {}).items() if name not in found and name not in others}
+    parts += settings_lines(found.values())
+    if others or stale:
+        parts.append(f"Left out, because other weights were measured: {', '.join(map(code, [*others, *stale]))}.")
+    rest = {name: value for name, value in facts.get("metrics", {}).items() if name not in {*found, *others, *differences, *stale}}
     if plain := [(name, value) for name, value in dotted(rest).items() if isinstance(value, int | float | str)]:
-        parts += ["While it was made:", table(("metric", "value"), plain)] if rows else [table(("metric", "value"), plain)]
-    return "## Metrics\n\n" + ("\n\n".join(parts) or "None were measured.")
+        merged = (facts.get("adapter") or {}).get("merged") and facts.get("method") != EXPORT_METHOD
+        when = "While the adapter was trained, before it was merged:" if merged else "While it was made:"
+        parts += [when] * bool(rows or merged) + [table(("metric", "value"), plain)]
+    return "## Metrics\n\n" + ("\n\n".join(parts + compared_parts(facts)) or "None were measured.")
 
 # %% ../../nbs/core/011_model_card.ipynb #c66df33c
 def hardware_section(

@@ -27,6 +27,7 @@ from .questions import Question, Reading, fingerprint, read_questions
 from .recording import record_report
 from .report import AnsweredRow, EvaluationReport, GroupResult
 from .server import ChatServer, answers_from_server, is_url, open_server
+from .server_likelihood import measure_server
 from ..monitoring.bootstrap import CONFIDENCE, RESAMPLES, SEED, figure_interval, interval
 from ..monitoring.text_metrics import RowScore, exact_match, get_metric
 from ..serving.engine_settings import RemoteSettings
@@ -54,10 +55,11 @@ class Asking:
     keep: Path | None = None
     fresh: bool = False
     progress: Progress | None = None
+    tokenizer: str | Path | None = None
 
-    def reading(self, bot: LoadedBot | None, compare: bool, surprise: bool) -> Reading:
+    def reading(self, bot: LoadedBot | None, words: LoadedBot | None, compare: bool, surprise: bool) -> Reading:
         "How rows become questions for a bot, or for a server. Raises `ConfigError` for a window or a stride that does not fit."
-        context = context_length(bot.config) if bot else sys.maxsize
+        context = context_length(bot.config) if bot else context_length(words.config) - 1 if words else sys.maxsize
         if self.window is not None and not 2 <= self.window <= context:
             raise ConfigError(f"a window of {self.window} tokens does not fit the context of {context}")
         if self.stride is not None and not 1 <= self.stride < (self.window or context):
@@ -65,7 +67,8 @@ class Asking:
         if self.layout is not None and "{prompt}" not in self.layout:
             raise ConfigError(f"the layout {self.layout!r} has no {{prompt}} in it")
         layout = self.layout if bot is None or not bot.chat.has_template else None
-        return Reading(bot.chat if bot else None, context, self.config, compare, surprise, layout, self.window, self.stride)
+        return Reading(bot.chat if bot else None, context, self.config, compare, surprise, layout, self.window, self.stride,
+                       words.chat if words else None)
 
 # %% ../../nbs/evaluation/410_evaluate.ipynb #2972a6f6
 def settings_of(
@@ -80,9 +83,10 @@ def settings_of(
                              "train_on": how.config.train_on, "split": how.config.split}
     if server:
         found |= {"url": server.base, "model": server.name, "prompt": "text" if how.layout is not None else "messages"}
+        found |= {"tokenizer": str(how.tokenizer)} if reading.measure else {}
     if bot:
         found |= {"device": bot.device, "dtype": bot.dtype, "quantization": bot.quantization}
-    if bot and reading.measure:
+    if reading.measure:
         window = how.window or reading.context
         found |= {"window": window, "stride": how.stride or window - 1}
     chosen = {"layout": reading.layout, "stop": how.stop, "max_rows": how.max_rows, "group_by": how.group_by,
@@ -104,11 +108,21 @@ class Asked:
     settings: dict[str, Any]
     kept: Kept
     digest: str | None = None  # of a bot on this machine
+    server: ChatServer | None = None
+    words: LoadedBot | None = None  # has the tokenizer of the server's model
 
     @property
     def rows(self) -> int:
         "How many rows the figures are about."
         return sum(question.rows for question in self.questions)
+
+    def surprise(self, batch_size: int, progress: Progress | None = None) -> "list[list[Likelihood]]":
+        "The likelihood of each question, window by window. Raises `ConfigError` and `RequestError` for a server that does not tell."
+        if self.bot is not None:
+            return measure(self.bot, self.questions, batch_size, self.kept)
+        if self.server is None or self.words is None:
+            raise ConfigError(f"{self.name} does not tell how likely a text is")
+        return run_apart(measure_server(self.server, self.words, self.questions, self.kept, progress))
 
 
 def cut_at(answer: Said, stop: str | None) -> Said:
@@ -149,13 +163,14 @@ def ask_questions(
 ) -> Asked:
     "Read rows and have them answered, greedily. Raises `DataError`, `ConfigError`, `BotError` or, of a server, `RequestError`."
     files = [str(item) for item in ([data] if isinstance(data, str | Path) else data)]
-    server, bot, m = None, None, how.model
+    server, bot, words, m = None, None, None, how.model
     if is_url(ref):
         server = open_server(str(ref), RemoteSettings(**how.engine))
+        words = load_bot(how.tokenizer, device="cpu", revision=m.revision) if surprise and how.tokenizer is not None else None
     else:
         bot = load_bot(ref, device=m.device, dtype=m.dtype, attn_implementation=m.attn_implementation, revision=m.revision,
                        quantization=m.quantization)
-    reading = how.reading(bot, compare, surprise)
+    reading = how.reading(bot, words, compare, surprise)
     questions, dropped = _read(files, bot, reading, how)
     limit = how.max_new_tokens or min(max(q.reference_tokens for q in questions) + 8, 1024)
     settings = settings_of(how, bot, server, reading, limit)
@@ -164,7 +179,7 @@ def ask_questions(
     who = digest or (f"{bot.reference.location}@{m.revision}" if bot else settings["url"])
     key = {"bot": who, "data": fingerprint(questions), **{k: v for k, v in settings.items() if k not in ("window", "stride", "max_rows")}}
     key |= {"window": settings["window"], "stride": settings["stride"]} if any(len(q.documents) > 1 for q in questions) else {}
-    asked = Asked(name, bot, files, questions, dropped, [], 0, settings, Kept(how.keep, key, how.fresh), digest)
+    asked = Asked(name, bot, files, questions, dropped, [], 0, settings, Kept(how.keep, key, how.fresh), digest, server, words)
     said = [cut_at(one, how.stop) for one in _answers(str(ref), bot, server, asked, how)] if compare else []
     asked.answers, asked.unfinished = [text for text, _ in said], sum(not ended for _, ended in said)
     return asked
@@ -197,13 +212,22 @@ def readable(questions: Sequence[Question], answers: Sequence[str], each: int, s
     return shown
 
 
-def check_metrics(metrics: Sequence[str], backend: str) -> tuple[bool, bool]:  # whether answers and likelihood are needed
+def check_metrics(
+    metrics: Sequence[str],
+    backend: str,  # "server" for one that is asked by its address
+    tokenizer: bool = False,  # that of the server's model is here
+) -> tuple[bool, bool]:  # whether answers and likelihood are needed
     "Raises `ConfigError` for a metric that does not exist or is not possible, and for none at all."
     of_answers = [get_metric(name).name for name in metrics if name not in LIKELIHOOD]
     of_likelihood = [name for name in metrics if name in LIKELIHOOD]
     if not metrics:
         raise ConfigError("there is no metric to compute: name some, such as exact_match or perplexity")
-    if of_likelihood and backend != "torch":
+    if of_likelihood and backend == "server" and not tokenizer:
+        raise ConfigError(f"{of_likelihood[0]} needs the model's probabilities, token by token: name a bot that has the tokenizer of the "
+                          "server's model with --tokenizer BOT (tokenizer=)")
+    if tokenizer and not (of_likelihood and backend == "server"):
+        raise ConfigError("--tokenizer is for the likelihood of a server's model: give its address, and a metric such as perplexity")
+    if of_likelihood and backend not in ("torch", "server"):
         raise ConfigError(f"{of_likelihood[0]} needs the model's probabilities: use backend 'torch', not '{backend}'")
     return bool(of_answers), bool(of_likelihood)
 
@@ -235,9 +259,8 @@ def measured(
     return found
 
 # %% ../../nbs/evaluation/410_evaluate.ipynb #9d307ff2
-def _fill_in(report: EvaluationReport, metrics: Sequence[str], asked: Asked, batch_size: int, grouped: bool) -> None:
-    "Compute the figures of all rows and of each group; every row is measured once. A batch size of 0: no likelihood."
-    parts = measure(asked.bot, asked.questions, batch_size, asked.kept) if batch_size and asked.bot else []
+def _fill_in(report: EvaluationReport, metrics: Sequence[str], asked: Asked, parts: "list[list[Likelihood]]", grouped: bool) -> None:
+    "Compute the figures of all rows and of each group."
     for name, rows in by_group(asked.questions).items() if grouped else ():
         said = [asked.answers[i] for i in rows] if asked.answers else []
         report.groups.append(measured(metrics, [asked.questions[i] for i in rows], said, [parts[i] for i in rows] if parts else [], name))
@@ -252,9 +275,10 @@ def _fill_in(report: EvaluationReport, metrics: Sequence[str], asked: Asked, bat
                             "resampled": "windows of the texts" if several else "rows"}  # fmt: skip
 
 
-def _complete(report: EvaluationReport, asked: Asked, seconds: float) -> None:
+def _complete(report: EvaluationReport, asked: Asked, began: float) -> None:
     "When it was, how long it took, and what was kept."
-    report.unfinished, report.seconds, report.date = asked.unfinished, seconds, datetime.now(UTC).isoformat(timespec="seconds")
+    report.seconds, report.unfinished = round(time.perf_counter() - began, 3), asked.unfinished
+    report.date = datetime.now(UTC).isoformat(timespec="seconds")
     if asked.kept.path and asked.kept.before:
         report.notes.append(f"{asked.kept.before} of {len(asked.kept.found)} results were in {asked.kept.path} already")
 
@@ -281,21 +305,22 @@ def evaluate_bot(
     keep: str | Path | None = None,  # JSON lines to which answers are added as they come, and from which a killed run goes on
     fresh: bool = False,  # forget what is in it
     record: bool = False,  # keep the figures with the bot, where gates read them
+    tokenizer: str | Path | None = None,  # for the likelihood of a server's model: a bot that has its tokenizer
 ) -> EvaluationReport:
     "Measure a bot on held-out rows, greedily. Raises `DataError`, `ConfigError`, `BotError` or `RequestError` with the reason."
     began = time.perf_counter()
-    compare, surprise = check_metrics(metrics, "server" if is_url(ref) else backend)
+    compare, surprise = check_metrics(metrics, "server" if is_url(ref) else backend, tokenizer is not None)
     how = Asking(config or DataConfig(), model or ModelConfig(), backend, engine or {}, group_by, max_rows, max_new_tokens, batch_size,
-                 layout, stop, window, stride, Path(keep) if keep else None, fresh, progress)  # fmt: skip
+                 layout, stop, window, stride, Path(keep) if keep else None, fresh, progress, tokenizer)  # fmt: skip
     asked = ask_questions(ref, data, compare, surprise, how)
     report = EvaluationReport(asked.name, asked.files, asked.rows, {}, dropped=asked.dropped, settings=asked.settings,
                               fingerprint=fingerprint(asked.questions), digest=asked.digest)  # fmt: skip
-    _fill_in(report, metrics, asked, batch_size if surprise else 0, bool(group_by))
+    _fill_in(report, metrics, asked, asked.surprise(batch_size, progress) if surprise else [], bool(group_by))
     if compare:
         name, score = scorer(metrics)
         report.examples = readable(asked.questions, asked.answers, examples, score)
         report.scores = {name: [score(a, q.reference) for a, q in zip(asked.answers, asked.questions, strict=True)]}
-    _complete(report, asked, round(time.perf_counter() - began, 3))
+    _complete(report, asked, began)
     if record:
         report.notes.append(record_report(report, ref))
     return report

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.recipe import write_atomically
-from .compare import Comparison, comparison_lines
+from .comparison import Comparison, comparison_lines
 from .page import folded, histogram, html_page, html_table, interval_plot, share_bar
 from .report import EvaluationReport, GroupResult
 

@@ -113,12 +113,13 @@ class Reading:
     layout: str | None = None  # text with {prompt}, for a bot without a chat template
     window: int | None = None  # tokens of a window of a long text; None: the context
     stride: int | None = None  # as in `windows`
+    measured: ChatFormat | None = None  # whose tokens are measured of a server's model; None: those of `chat`
 
     def own_chat(self) -> ChatFormat:
-        "The bot's own chat format. Raises `ConfigError` for a server, which keeps its to itself."
-        if self.chat is None:
-            raise ConfigError("a server does not tell how likely a text is: use perplexity and bits_per_byte with a bot on this machine")
-        return self.chat
+        "The chat format whose tokens are measured. Raises `ConfigError` for a server whose tokenizer is not here."
+        if (chat := self.measured or self.chat) is None:
+            raise ConfigError("which tokens a server's model would be measured by is not known: name a bot that has its tokenizer")
+        return chat
 
     def check(self, length: int) -> None:
         "Raises `DataError` for a row of more tokens than the context has."

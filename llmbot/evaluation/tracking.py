@@ -18,7 +18,7 @@ from pydantic import SecretStr
 from ..core.bot import resolve_reference
 from ..core.config import Config
 from ..core.evaluations import is_registered
-from .compare import Comparison
+from .comparison import Comparison
 from .html_report import save_html
 from .report import EvaluationReport
 from .server import is_url
