@@ -6,11 +6,12 @@
 __all__ = ['MANIFEST', 'CARD', 'SCHEMA_VERSION', 'NEXT', 'ADAPTER_CONFIG', 'ADAPTER_WEIGHTS', 'ONNX_CONFIG', 'ONNX_MODEL',
            'PICKLE_SUFFIXES', 'Manifest', 'package_versions', 'hardware_info', 'file_digest', 'bot_files', 'hash_files',
            'bot_digest', 'is_adapter', 'is_export', 'is_bot', 'storage_error', 'check_destination', 'flush_to_disk',
-           'exchange', 'bot_writer', 'write_manifest', 'read_manifest', 'verify_bot', 'Reference', 'bots_directory',
-           'list_bots', 'resolve_reference', 'check_bot_files']
+           'exchange', 'remove_remains', 'bot_writer', 'write_manifest', 'read_manifest', 'verify_bot', 'Reference',
+           'bots_directory', 'list_bots', 'resolve_reference', 'check_bot_files']
 
 # %% ../../nbs/core/012_bot.ipynb #47f27738
 import ctypes
+import glob
 import hashlib
 import importlib.metadata
 import json
@@ -19,6 +20,7 @@ import platform
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
@@ -224,6 +226,29 @@ def _umask() -> int:
     os.umask(mask)
     return mask
 
+# %% ../../nbs/core/012_bot.ipynb #e31ce2ce
+def _lock(directory: Path) -> int | None:  # an open file that holds the lock; None: another process has it, or there are no locks here
+    "Lock a directory until the file is closed, or this process ends."
+    import fcntl
+
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        return None
+    return handle
+
+
+def remove_remains(
+    dest: Path,  # where a bot is to be written
+) -> None:
+    "Remove what killed processes have left of the same bot; what was begun in the last minute may not be locked yet, and stays."
+    for path in dest.parent.glob(f".{glob.escape(dest.name)}.*.partial"):
+        if time.time() - path.stat().st_mtime > 60 and (handle := _lock(path)) is not None:
+            shutil.rmtree(path, ignore_errors=True)
+            os.close(handle)
+
 # %% ../../nbs/core/012_bot.ipynb #6db347dd
 @contextmanager
 def bot_writer(
@@ -233,7 +258,9 @@ def bot_writer(
     "Write a bot that appears at `dest` complete or not at all. Raises `BotError` where it cannot be written."
     dest = Path(dest)
     check_destination(dest, overwrite)
+    remove_remains(dest)
     tmp = Path(tempfile.mkdtemp(prefix=f".{dest.name}.", suffix=".partial", dir=dest.parent))
+    lock = _lock(tmp)
     try:
         tmp.chmod(0o777 & ~_umask())
         yield tmp
@@ -244,6 +271,8 @@ def bot_writer(
         raise storage_error(exc, dest) from exc
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
 
 # %% ../../nbs/core/012_bot.ipynb #890fb2ab
 def write_manifest(

@@ -218,7 +218,7 @@ def compared_parts(
             "brackets behind the other bot: the beginning of its digest.")
     return ["### Compared with other bots", table(header, rows), note, *settings_lines(found.values())] if rows else []
 
-
+# %% ../../nbs/core/011_model_card.ipynb #e31c1ef0
 def figures_section(
     facts: Mapping[str, Any],  # of a manifest
 ) -> str:

@@ -64,7 +64,7 @@ def move_over(
         finally:
             os.close(directory)
 
-
+# %% ../../nbs/core/008_recipe.ipynb #25ac30ec
 def write_atomically(
     path: Path,  # where
     text: str,  # what

@@ -321,6 +321,5 @@ def evaluate_bot(
         report.examples = readable(asked.questions, asked.answers, examples, score)
         report.scores = {name: [score(a, q.reference) for a, q in zip(asked.answers, asked.questions, strict=True)]}
     _complete(report, asked, began)
-    if record:
-        report.notes.append(record_report(report, ref))
+    report.notes += [record_report(report, ref)] if record else []
     return report

@@ -41,7 +41,7 @@ def figures_of(
         found[f"{report.split}/{name}"] = plain({"value": value, **ends, **about, **({"groups": groups} if groups else {})})
     return found
 
-
+# %% ../../nbs/evaluation/402_recording.ipynb #fac7c11d
 def record_figures(
     ref: str | Path,  # the bot that they are about
     digest: str | None,  # of the bot as it was measured; None for a server or a hub model
