@@ -158,7 +158,7 @@ def test_figures_stay_with_the_bot(home: Path, capsys: pytest.CaptureFixture[str
     assert (code, more["value"]) == (0, difference["second"] - difference["first"])
     assert (more["interval"], more["over_digest"]) == ([difference["interval"][end] for end in ("low", "high")], bot_digest("other"))
     assert (less["value"], less["over_digest"], less["wins"], less["losses"]) == (-more["value"], digest, more["losses"], more["wins"])
-    assert more["settings"]["wins_by"] == less["settings"]["wins_by"] == "chrf"
+    assert more["settings"] == less["settings"] == found["settings"]
     assert "### Compared with other bots" in (home / "other" / "README.md").read_text()
     assert (verify_bot("other"), verify_registry()) == ([], {})
     promote("mine@1", "better", [f"chrf_over_other.low>={more['interval'][0]}"])
