@@ -21,7 +21,7 @@ from .kept import Kept
 from .measure import documents_of
 from .questions import Question
 from .server import ChatServer, call
-from ..serving.remote_backend import UpstreamError
+from ..serving.remote_answers import UpstreamError
 from ..serving.sampling_params import RequestError
 
 if TYPE_CHECKING:
