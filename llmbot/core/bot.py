@@ -193,11 +193,8 @@ def flush_to_disk(
             os.close(fd)
 
 
-def exchange(
-    one: Path,
-    two: Path,  # on the same file system
-) -> bool:  # False: nothing was done, since the system, or the file system, cannot
-    "Have two directories change places at one moment."
+def exchange(one: Path, two: Path) -> bool:  # False: nothing was done, since the system, or the file system, cannot
+    "Have two directories of one file system change places at one moment."
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
     return rename is not None and rename(-100, os.fsencode(one.absolute()), -100, os.fsencode(two.absolute()), 2) == 0  # RENAME_EXCHANGE
 
@@ -240,9 +237,7 @@ def _lock(directory: Path) -> int | None:  # an open file that holds the lock; N
     return handle
 
 
-def remove_remains(
-    dest: Path,  # where a bot is to be written
-) -> None:
+def remove_remains(dest: Path) -> None:  # where a bot is to be written
     "Remove what killed processes have left of the same bot; what was begun in the last minute may not be locked yet, and stays."
     for path in dest.parent.glob(f".{glob.escape(dest.name)}.*.partial"):
         if time.time() - path.stat().st_mtime > 60 and (handle := _lock(path)) is not None:
