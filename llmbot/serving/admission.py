@@ -15,7 +15,7 @@ import uuid
 from collections import deque
 from collections.abc import Awaitable, Callable, Hashable, Iterator
 from dataclasses import dataclass
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 from .sampling_params import RequestError
 
@@ -240,35 +240,49 @@ class Leash:
     ) -> None:
         self._said, self._loop = f"{named} = {seconds:g} seconds", asyncio.get_running_loop()
         self._deadline = self._loop.time() + seconds
+        self._alarm = self._loop.call_at(self._deadline, self._expire)
         self._reason: RequestError | None = None
-        self._timeout: asyncio.Timeout | None = None
+        self._task: asyncio.Task[Any] | None = None  # that waits now
+        self._ended = False  # the wait has been ended
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        "The request is complete: the timer goes."
+        self._alarm.cancel()
 
     def pull(self, reason: RequestError) -> None:
         "End the request: the wait that it is in, and every later one, raises `reason`."
         self._reason = self._reason or reason
-        if self._timeout is not None:
-            self._timeout.reschedule(self._loop.time())
+        if self._task is not None:
+            self._loop.call_soon(self._end)
 
     async def hold(self, step: Callable[[], Awaitable[T]]) -> T:
         "Await `step()`. Raises `DeadlineError` at the deadline, or what the leash was pulled with."
-        if self._loop.time() >= self._deadline:
+        if self._reason is None and self._loop.time() >= self._deadline:
             self._expire()
         if self._reason is not None:
             raise self._reason
+        self._task = task = asyncio.current_task()
+        before = task.cancelling() if task is not None else 0
         try:
-            async with asyncio.timeout_at(self._deadline) as self._timeout:
-                return await step()
-        except TimeoutError as exc:
-            if self._timeout is None or not self._timeout.expired():
-                raise  # somebody else's timeout
-            raise self._expire() from exc
+            return await step()
+        except asyncio.CancelledError as exc:
+            if self._ended and task is not None and self._reason is not None and task.cancelling() <= before + 1:
+                raise self._reason from exc
+            raise  # somebody else cancels
         finally:
-            self._timeout = None
+            self._task = None
+            if self._ended and task is not None:
+                task.uncancel()
 
-    def _expire(self) -> RequestError:
-        message = f"the answer was not complete after {self._said}"
-        self._reason = self._reason or DeadlineError(message, code="timeout")
-        return self._reason
+    def _end(self) -> None:
+        if self._task is not None and not self._ended:
+            self._ended = self._task.cancel()
+
+    def _expire(self) -> None:
+        self.pull(DeadlineError(f"the answer was not complete after {self._said}", code="timeout"))
 
 # %% ../../nbs/serving/350_admission.ipynb #8de516f2
 class Users:
@@ -327,7 +341,7 @@ class InFlight:
         name = f"{name}-{fresh[:8]}" if name in self._leashes else name
         self._leashes[name] = leash = Leash(seconds, named)
         try:
-            with self.users.hold(leash):
+            with leash, self.users.hold(leash):
                 yield name, leash
         finally:
             del self._leashes[name]

@@ -76,21 +76,31 @@ class SoloRunner:
         return [(task, chunk)]
 
 # %% ../../nbs/serving/326_batch_worker.ipynb #7ba3dba5
-def _put_all(items: list[tuple["asyncio.Queue[Result]", Result]]) -> None:
-    for queue, item in items:
-        queue.put_nowait(item)
+def _put_all(items: list[tuple["Mailbox", Result]]) -> None:
+    for box, item in items:
+        box.put(item)
 
 
 class Mailbox:
-    "What came of one task, in order, for the coroutine that waits for it."
+    "What came of one task, in order, for the one coroutine that waits for it."
 
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
-        self.queue: asyncio.Queue[Result] = asyncio.Queue()
+        self._items: deque[Result] = deque()
+        self._arrival: asyncio.Future[None] | None = None
+
+    def put(self, item: Result) -> None:
+        "From the event loop."
+        self._items.append(item)
+        if self._arrival is not None and not self._arrival.done():
+            self._arrival.set_result(None)
 
     async def get(self) -> Chunk | list[float]:
         "The next result; raises the error that ended the task."
-        item = await self.queue.get()
+        while not self._items:
+            self._arrival = self.loop.create_future()
+            await self._arrival
+        item = self._items.popleft()
         if isinstance(item, Exception):
             raise item
         return item
@@ -100,7 +110,7 @@ class Mailbox:
         "Hand over results, in any thread; one wake-up for each event loop."
         arrived = {}
         for loop in {box.loop for box, _ in items}:
-            mine = [(box.queue, item) for box, item in items if box.loop is loop]
+            mine = [(box, item) for box, item in items if box.loop is loop]
             try:
                 loop.call_soon_threadsafe(_put_all, mine)
                 arrived[loop] = True

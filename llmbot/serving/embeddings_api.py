@@ -167,8 +167,8 @@ def embeddings_router(server: ModelServer) -> APIRouter:
     @router.post("/embeddings", response_model=EmbeddingList)
     async def embeddings(request: Request, asked: EmbeddingRequest) -> Response:
         "Each input as the mean of the hidden states that the bot's last layer has for its tokens, not normalised."
-        leash = Leash(server.bots.serving.request_timeout_s)
-        work = leash.hold(lambda: embeddings_reply(server, request, asked))
-        return JSONResponse(await unless_disconnected(request, work))
+        with Leash(server.bots.serving.request_timeout_s) as leash:
+            work = leash.hold(lambda: embeddings_reply(server, request, asked))
+            return JSONResponse(await unless_disconnected(request, work))
 
     return router

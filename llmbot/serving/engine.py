@@ -9,6 +9,7 @@ __all__ = ['T', 'logger', 'State', 'WATCH_S', 'EngineDownError', 'RestartPolicy'
 # %% ../../nbs/serving/353_engine.ipynb #4fe4f447
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, TypeVar
@@ -67,19 +68,19 @@ class Pulse:
 
     async def next(self, leash: Leash, step: Callable[[], Awaitable[T]]) -> T:
         "One wait of one request. Raises what `Leash.hold` does."
-        self._waits[leash] = asyncio.get_running_loop().time()
+        self._waits[leash] = time.monotonic()
         try:
             result = await leash.hold(step)
         finally:
             del self._waits[leash]
-        self._last = asyncio.get_running_loop().time()
+        self._last = time.monotonic()
         return result
 
     def quiet_s(self) -> float:  # seconds
         "For how long somebody has waited and nobody has had a token."
         if not self._waits:
             return 0.0
-        return asyncio.get_running_loop().time() - max(self._last, min(self._waits.values()))
+        return time.monotonic() - max(self._last, min(self._waits.values()))
 
 # %% ../../nbs/serving/353_engine.ipynb #3fff39f7
 State = Literal["unloaded", "loading", "loaded", "unloading", "restarting", "failed"]

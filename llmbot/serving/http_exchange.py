@@ -107,6 +107,9 @@ async def keep_alive(
         await asyncio.sleep(max(ping_s - silence, 0.001) if silence < ping_s else ping_s)
 
 # %% ../../nbs/serving/364_http_exchange.ipynb #8dc89b7b
+_TURN = 8  # chunks of one stream after which the other streams have their turn in any case
+
+
 class EventStream(EventSourceResponse, Generic[Item]):
     "Server-sent events made of chunks, closed with the response."
 
@@ -123,10 +126,12 @@ class EventStream(EventSourceResponse, Generic[Item]):
     async def _events(self, first: Item, frames: Callable[[Item], Iterable[dict[str, Any] | bytes]]) -> AsyncGenerator[bytes, None]:
         try:
             yield _joined(frames(first))
+            count = 0
             async for chunk in self._chunks:
                 if data := _joined(frames(chunk)):
                     yield data
-                await asyncio.sleep(0)  # chunks may be there faster than they are read; others must have their turn
+                if (count := count + 1) % _TURN == 0:
+                    await asyncio.sleep(0)  # chunks may be there faster than they are read; others must have their turn
         except Exception as exc:  # whatever it is, the client is told, and the stream ends properly
             status, body, _ = failure(exc)
             if status == 500:

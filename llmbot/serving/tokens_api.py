@@ -114,15 +114,15 @@ def tokens_router(server: ModelServer) -> APIRouter:
     @router.post("/tokenize", response_model=Tokens)
     async def tokenize(request: Request, asked: TokenizeRequest) -> Response:
         "The tokens of a text, or of a conversation as the bot's chat template writes it."
-        leash = Leash(server.bots.serving.request_timeout_s)
-        work = leash.hold(lambda: tokenize_reply(server, asked))
-        return JSONResponse(await unless_disconnected(request, work))
+        with Leash(server.bots.serving.request_timeout_s) as leash:
+            work = leash.hold(lambda: tokenize_reply(server, asked))
+            return JSONResponse(await unless_disconnected(request, work))
 
     @router.post("/detokenize", response_model=DetokenizedText)
     async def detokenize(request: Request, asked: DetokenizeRequest) -> Response:
         "The text of tokens, control tokens included."
-        leash = Leash(server.bots.serving.request_timeout_s)
-        work = leash.hold(lambda: detokenize_reply(server, asked))
-        return JSONResponse(await unless_disconnected(request, work))
+        with Leash(server.bots.serving.request_timeout_s) as leash:
+            work = leash.hold(lambda: detokenize_reply(server, asked))
+            return JSONResponse(await unless_disconnected(request, work))
 
     return router
