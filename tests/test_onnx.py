@@ -1,6 +1,7 @@
 """Exports for ONNX Runtime and the backend that runs them; PyTorch in fp32 is the oracle."""
 
 import asyncio
+import functools
 import json
 import os
 import signal
@@ -12,6 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from tiny_bots import make_bot
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig
 
@@ -20,16 +23,21 @@ from llmbot.core.bot import Manifest, bot_digest, read_manifest, verify_bot
 from llmbot.core.config import Config, ServingConfig
 from llmbot.core.errors import BotError, ConfigError, ServingError
 from llmbot.core.exports import find_parent
-from llmbot.core.model_manager import load_bot, save_bot
+from llmbot.core.model_manager import LoadedBot, load_bot, save_bot
 from llmbot.core.training_config import LoraConfig
 from llmbot.serving.backends import LoadReporter, create_backend
+from llmbot.serving.batcher import Task
 from llmbot.serving.decoding import decode_steps
-from llmbot.serving.onnx_backend import OnnxBackend
+from llmbot.serving.engine_settings import OnnxSettings
+from llmbot.serving.onnx_backend import OnnxBackend, OnnxRunner, load_onnx
 from llmbot.serving.onnx_export import Tolerance, available_cores, export_onnx
+from llmbot.serving.onnx_rows import Caches
+from llmbot.serving.sampler import BatchSampler
 from llmbot.serving.sampling_params import Chunk, Constraint, GenerationRequest, RequestError, SamplingParams
 
 ANY = Tolerance(float("inf"), 0, float("inf"))
 GREEDY: dict[str, Any] = {"temperature": 0, "top_p": 1}
+GRAPHS: dict[bool, Caches] = {}  # read once
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +76,13 @@ def tokens(chunks: list[Chunk]) -> list[int]:
     return [token for chunk in chunks for token in chunk.token_ids]
 
 
+@functools.cache
+def loaded_once(bot: Path) -> LoadedBot:
+    return load_bot(bot, device="cpu", dtype="float32")
+
+
 def by_torch(bot: Path, ids: tuple[int, ...], **params: Any) -> list[Chunk]:
-    loaded = load_bot(bot, device="cpu", dtype="float32")
+    loaded = loaded_once(bot)
     return list(decode_steps(loaded.model, GenerationRequest(ids, SamplingParams(**params), "torch"), loaded.chat))
 
 
@@ -94,6 +107,61 @@ def same_as_torch(bot: Path, export: Path, lengths: tuple[int, ...], new: int = 
         expected = by_torch(bot, ids, max_new_tokens=count, **params)
         assert tokens(found) == tokens(expected)
         assert "".join(c.text for c in found) == "".join(c.text for c in expected)
+
+
+ALONE: dict[tuple[tuple[int, ...], int, int | None], list[int]] = {}  # answers given alone, kept: the same are asked for again and again
+ASKED = st.tuples(
+    st.integers(0, 2),  # which of three prompts
+    st.integers(1, 40),  # its length
+    st.sampled_from([None, None, None, 3]),  # seed; None: greedy
+    st.integers(1, 30),  # tokens of the answer
+    st.integers(0, 6),  # steps after the one before
+    st.sampled_from([None, None, None, 2, 9]),  # steps after which it is cancelled
+)
+
+
+def alone(home: Path, ids: tuple[int, ...], length: int, seed: int | None) -> list[int]:
+    "What PyTorch answers, whose loop draws by a seed as the sampler of every engine does."
+    if (key := (ids, length, seed)) not in ALONE:
+        params = GREEDY if seed is None else {"temperature": 1.1, "top_p": 1, "seed": seed}
+        ALONE[key] = tokens(by_torch(home / "qwen", ids, max_new_tokens=length, ignore_eos=True, **params))
+    return ALONE[key]
+
+
+@pytest.mark.parametrize("batching", [True, False])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(asked=st.lists(ASKED, min_size=1, max_size=7), chunk=st.sampled_from([1, 7, 64]), room=st.integers(71, 300))
+def test_every_answer_is_what_it_is_alone(
+    home: Path, batching: bool, asked: list[tuple[int, int, int | None, int, int, int | None]], chunk: int, room: int
+) -> None:
+    "Answers join and leave: any arrival times, lengths, pieces of prompts, cancellations and amounts of memory."
+    chat, size = loaded_once(home / "qwen").chat, loaded_once(home / "qwen").config.get_text_config().vocab_size
+    if (caches := GRAPHS.get(batching)) is None:
+        caches = GRAPHS[batching] = load_onnx(str(home / "export"), OnnxSettings(batching=batching), room)
+    caches.capacity = room
+    runner = OnnxRunner(caches, BatchSampler(size, "cpu"), chunk)
+    due, clock = list[tuple[int, int | None, Task]](), 0
+    for start, width, seed, length, wait, leave in asked:
+        clock += wait
+        shift = {} if seed is None else {"temperature": 1.1, "seed": seed}
+        params = SamplingParams(**{**GREEDY, **shift, "max_new_tokens": length, "ignore_eos": True})
+        due.append((clock, leave, Task(GenerationRequest(prompt(width, 30 * start), params, "r"), chat)))
+    found: dict[Task, list[int]] = {task: [] for _, _, task in due}
+    for now in range(10_000):
+        runner.waiting.extend(task for arrival, _, task in due if arrival == now)
+        for arrival, leave, task in due:
+            task.cancelled |= leave is not None and now >= arrival + leave
+        for task, result in runner.step():
+            assert isinstance(result, Chunk), result
+            found[task] += result.token_ids
+        assert not any(task.cancelled for task in runner.running)
+        assert len(caches) == len(runner.running)
+        if now > clock and not runner.running and not runner.waiting:
+            break
+    for _, leave, task in due:
+        expected = alone(home, task.request.prompt_ids, task.request.params.max_new_tokens, task.request.params.seed)
+        assert found[task] == (expected if leave is None else expected[: len(found[task])])
+    assert caches.held == len(caches) == 0
 
 
 @pytest.mark.parametrize("batching", [True, False])

@@ -197,8 +197,9 @@ class Turns(Gate):
         sent = Mailbox.send([(self._boxes[task], result) for task, result in results])
         for (task, _), arrived in zip(results, sent, strict=True):
             task.cancelled |= not arrived
-        alive = {*self._runner.running, *self._runner.waiting}
-        self._boxes = {task: box for task, box in self._boxes.items() if task in alive}
+        if len(self._boxes) > len(self._runner.running) + len(self._runner.waiting):
+            alive = {*self._runner.running, *self._runner.waiting}
+            self._boxes = {task: box for task, box in self._boxes.items() if task in alive}
 
 # %% ../../nbs/serving/326_batch_worker.ipynb #387c0110
 class Worker(Turns):

@@ -6,6 +6,7 @@
 __all__ = ['Result', 'Task', 'Places', 'Admission', 'Passes', 'Prefill', 'Batcher']
 
 # %% ../../nbs/serving/324_batcher.ipynb #08ebf50e
+import functools
 import itertools
 from collections import deque
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ import torch
 from ..core.chat import ChatFormat
 from ..core.errors import ServingError
 from .adapter_switch import AdapterSwitch
-from .backends import EngineLoad
+from .backends import NEUTRAL, EngineLoad
 from .decoding import Answer
 from .kv_blocks import BLOCK, SharedBlocks, Table, blocks_for
 from .paged_cache import PagedCache, Rows, paged_inputs
@@ -26,6 +27,7 @@ from .sampling_rules import token_logprobs
 
 # %% ../../nbs/serving/324_batcher.ipynb #e359f00e
 _keys = itertools.count()
+_SHIFTS = ("repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "logprobs", "constraint")
 
 
 @dataclass(eq=False)
@@ -50,6 +52,12 @@ class Task:
     def reads(self) -> int | None:
         "Likeliest tokens to report at each place of the prompt; None: no report."
         return self.request.params.prompt_logprobs
+
+    @functools.cached_property
+    def plain(self) -> bool:
+        "Whether the likeliest token is taken as it is, and nothing is told of it."
+        params = self.request.params
+        return params.greedy and all(getattr(params, name) == NEUTRAL[name] for name in _SHIFTS)
 
     @property
     def tokens(self) -> int:

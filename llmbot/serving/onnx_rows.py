@@ -222,7 +222,8 @@ class OnnxRows(Rows):
         bound = self._all
         bound.ids[:, 0] = [tokens.get(key, 0) for key in self.keys]
         bound.positions[:, 0] = self.lengths
-        bound.mask[range(len(self.keys)), self.lengths] = 1
+        for row, length in enumerate(self.lengths):
+            bound.mask[row, length] = 1
         bound.run()
         return bound.logits.astype(np.float32, copy=False)
 
