@@ -1,6 +1,7 @@
 """The vLLM backend against plain transformers, and through our API; `make test-vllm` runs it where vLLM is installed."""
 
 import asyncio
+import dataclasses
 import json
 import os
 import re
@@ -250,6 +251,29 @@ def test_logprobs_are_those_of_the_model(folder: Path, backend: Watched) -> None
         assert all(float(expected[at - 1, i]) == pytest.approx(p, abs=1e-4) for i, p in entry.top)
     nothing = run(read(backend, asked(backend, "Once", logprobs=0)))
     assert all(entry.top == () for chunk in nothing for entry in chunk.logprobs)
+
+
+def test_prompts_are_read_while_adapters_answer(folder: Path, backend: Watched) -> None:
+    "Requests of several adapters, some of which ask how likely the prompt is, all at once; transformers is the oracle."
+    cases = [(prompt, name, reads) for prompt in PROMPTS[:3] for name in (None, "terse", "formal") for reads in (None, 1)]
+    requests = [asked(backend, prompt, name, prompt_logprobs=reads, max_new_tokens=6) for prompt, name, reads in cases]
+
+    async def main() -> list[list[Chunk]]:
+        for name in ("terse", "formal"):
+            await backend.load_adapter(name, str(folder / name))
+        found = await asyncio.gather(*(read(backend, dataclasses.replace(r, request_id=f"r{i}")) for i, r in enumerate(requests)))
+        for name in ("terse", "formal"):
+            await backend.unload_adapter(name)
+        return found
+
+    bots = {name: load_bot(folder / (name or "base"), device="cpu") for name in (None, "terse", "formal")}
+    for (_, name, reads), request, chunks in zip(cases, requests, run(main()), strict=True):
+        assert tokens(chunks) == greedy(bots[name], request.prompt_ids, 6)
+        ids, told = torch.tensor(request.prompt_ids), [entry.logprob for entry in chunks[0].prompt_logprobs if entry]
+        with torch.inference_mode():
+            scores = bots[name].model(ids[None]).logits[0, :-1].log_softmax(-1)
+        expected = scores.gather(1, ids[1:, None])[:, 0].tolist() if reads else []
+        assert told == pytest.approx(expected, abs=1e-4)
 
 
 def test_a_shared_beginning_is_computed_once(backend: Watched) -> None:

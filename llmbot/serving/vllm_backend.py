@@ -32,7 +32,7 @@ from .backends import require_started
 from .engine_settings import VllmSettings
 from .sampling_params import Chunk, GenerationRequest, RequestError
 
-from .vllm_requests import Answer, sampling_arguments, structured
+from .vllm_requests import Answer, Lanes, sampling_arguments, structured
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
@@ -284,6 +284,7 @@ class EngineHolder:
         self._plan, self._stats, self._adapters = EnginePlan(bot_ref, cfg), EngineStats(), Adapters()
         self._engine: AsyncLLM | None = None
         self._asked: set[str] = set()  # requests that are not complete
+        self._lanes = Lanes()
 
     async def start(self) -> None:
         self._engine = await asyncio.to_thread(self._plan.start, self._stats)
@@ -360,11 +361,12 @@ class VllmBackend(EngineHolder):
         engine, answer = require_started(self._engine), Answer(request, self.chat)
         check_request(self, request)
         self._asked.add(request.request_id)
+        alone = self._plan.takes_adapters and request.params.prompt_logprobs is not None
         try:
             with engine_errors(), self._adapters.using(request.adapter) as adapter:
                 prompt, params = engine_request(request, self.chat.stop_token_ids)
                 outputs = engine.generate(prompt, params, request.request_id, lora_request=adapter)
-                async with aclosing(outputs):
+                async with self._lanes.enter(alone), aclosing(outputs):
                     async for output in outputs:
                         yield (chunk := answer.take(output))
                         if chunk.finish_reason:
