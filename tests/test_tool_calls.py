@@ -10,17 +10,11 @@ from hypothesis import strategies as st
 
 from llmbot.core.chat import ChatFormat
 from llmbot.core.model_manager import train_tokenizer
+from llmbot.serving.call_parser import FORMATS, ToolCallFormat, ToolCallParser, joined_calls, parse_tool_calls
 from llmbot.serving.constraints import Grammars
 from llmbot.serving.sampler import BatchSampler
 from llmbot.serving.sampling_params import SamplingParams
-from llmbot.serving.tool_calls import (
-    FORMATS,
-    ToolCallFormat,
-    ToolCallParser,
-    parse_tool_calls,
-    tool_call_format,
-    tool_constraint,
-)
+from llmbot.serving.tool_calls import tool_call_format, tool_constraint
 
 TOOLS = [{"type": "function", "function": {"name": "look_up", "parameters": {"type": "object", "properties": {}}}}]
 HEAD = "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}{% if m.role != 'assistant' %}{{ m.content }}\n"
@@ -96,18 +90,38 @@ def test_what_the_template_writes_is_read(name: str, calls) -> None:
 )
 def test_pieces_do_not_matter(form: ToolCallFormat, text: str, random) -> None:
     "Text, calls and count of a stream are those of the whole; text that is out is never taken back."
-    parser, said, calls, at = ToolCallParser(form), "", [], 0
+    parser, said, pieces, at = ToolCallParser(form), "", [], 0
     while at < len(text):
         size = random.choice([1, 1, 2, 5, 30])
         new, more = parser.push(text[at : at + size])
-        said, calls, at = said + new, calls + more, at + size
+        said, pieces, at = said + new, pieces + more, at + size
     new, more = parser.finish()
     whole, found, malformed = parse_tool_calls(form, text)
     assert said + new == whole
-    assert [(c.name, c.arguments) for c in calls + more] == [(c.name, c.arguments) for c in found]
+    assert [(c.name, c.arguments) for c in joined_calls(pieces + more)] == [(c.name, c.arguments) for c in found]
     assert parser.malformed == malformed
     if not found:
         assert whole == text
+
+
+@pytest.mark.parametrize("name", CHATS)
+@settings(max_examples=25, deadline=None)
+@given(calls=calls_strategy)
+def test_arguments_get_out_as_they_are_written(name: str, calls) -> None:
+    "Character by character: once a call has its name, each character of its arguments comes at once, and nothing else does."
+    form, said = tool_call_format(CHATS[name]), "" if name.startswith(("llama3", "mistral c")) else "Let me see."
+    assert form is not None
+    written = [(n, json.dumps(a, ensure_ascii=False)) for n, a in (calls[:1] if name == "llama3" else calls)]
+    bodies = [f'{{"name": "{n}", "{form.arguments}": {a}}}' for n, a in written]
+    text = said + (form.begin + f"[{', '.join(bodies)}]" if form.as_list else "".join(form.begin + b + form.end for b in bodies))
+    parser, pieces, out = ToolCallParser(form), [], ""
+    for character in text:
+        new, more = parser.push(character)
+        out, pieces = out + new, pieces + more
+        assert all(piece.arguments in ("", character) for piece in more)
+    assert (out, parser.finish(), parser.malformed) == (said, ("", []), 0)
+    assert [(c.name, c.arguments) for c in joined_calls(pieces)] == written
+    assert sum(bool(piece.arguments) for piece in pieces) == sum(len(arguments) for _, arguments in written)
 
 
 def test_no_piece_of_a_tag_gets_out() -> None:

@@ -20,7 +20,6 @@ pytestmark = pytest.mark.server
 CLOSED = {"type": "object", "additionalProperties": False}
 DAY = {"day": {"enum": ["heute", "世"]}, "n": {"type": "integer", "minimum": 0, "maximum": 9}}
 WEATHER = {**CLOSED, "properties": DAY, "required": ["day"]}
-CALL = "<tool_call>(.*?)</tool_call>"
 SCHEMAS: dict[str, Any] = {"weather": WEATHER, "now": CLOSED}
 TOOLS: list[Any] = [{"type": "function", "function": {"name": name, "description": f"Tells the {name}.", "parameters": schema}}
                     for name, schema in SCHEMAS.items()]  # fmt: skip
@@ -190,18 +189,41 @@ def test_held_to_the_schema_only_from_where_a_call_begins(client: openai.OpenAI)
     assert (text, [name for name, _ in calls], end) == ("Let me see.", ["weather"], "tool_calls")
 
 
+def taken_out(raw: str) -> tuple[str, list[tuple[str, str]]]:
+    "Text and calls of what a bot has written so far: a call is one from where its arguments begin."
+    calls = []
+    for head in re.finditer(r'<tool_call>\s*{"name": "(\w+)", "arguments": (?={)', raw):
+        rest = raw[head.end() :]
+        try:
+            end = json.JSONDecoder().raw_decode(rest)[1]
+        except ValueError:  # cut off
+            end = len(rest)
+        calls.append((head[1], rest[:end]))
+    return re.sub(r'\s*<tool_call>\s*{"name": "\w+", "arguments": {.*?(</tool_call>|$)', "", raw, flags=re.DOTALL), calls
+
+
 def test_wherever_an_answer_is_cut_nothing_is_lost(client: openai.OpenAI, bots: dict[str, Path]) -> None:
     "Text and calls of an answer cut after each of its tokens, beside what `generate` writes up to there."
     ends, whole = set(), written(bots["taught"], QUESTION)
     for tokens in [*range(1, len(whole) - 1, 4), len(whole) - 1, len(whole)]:
         raw = whole[tokens - 1].rstrip("\ufffd")  # half a character is not sent
         [(text, calls, end)] = ask(client, model="taught", temperature=0, max_tokens=tokens)
-        made = [json.loads(body) for body in re.findall(CALL, raw)]
-        assert [{"name": name, "arguments": json.loads(given)} for name, given in calls] == made
-        assert text.rstrip("\ufffd") == re.sub(CALL, "", raw)
+        said, made = taken_out(raw)
+        assert [(name, given.rstrip("\ufffd")) for name, given in calls] == made
+        assert text.rstrip("\ufffd") == said
         assert end == ("tool_calls" if tokens == len(whole) else "length")
         ends.add((len(calls), end))
     assert ends == {(0, "length"), (1, "length"), (2, "length"), (2, "tool_calls")}
+
+
+def test_arguments_come_in_pieces(client: openai.OpenAI) -> None:
+    "Each with its token: the answer is not held back until the call is complete."
+    asked: dict[str, Any] = {"model": "taught", "messages": QUESTION, "tools": TOOLS, "temperature": 0, "stream": True}
+    deltas = [c.choices[0].delta for c in client.chat.completions.create(**asked) if c.choices]
+    first = [d.tool_calls[0].function.arguments for d in deltas if d.tool_calls and d.tool_calls[0].index == 0 and d.tool_calls[0].function]
+    assert first[0] == ""  # beside the name
+    assert len(first) > 4
+    assert "".join(filter(None, first)) == CALLING["tool_calls"][0]["function"]["arguments"]  # type: ignore[index]
 
 
 def test_without_tools_nothing_is_taken_out(client: openai.OpenAI) -> None:

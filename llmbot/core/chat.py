@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ChatTemplate', 'find_stop_token', 'markers_fit', 'tools_appear', 'calls_appear', 'mark_answers', 'lay_out',
-           'stop_token_ids', 'RenderedChat', 'ChatFormat', 'render_batch', 'encode_texts', 'attach_chat_template']
+           'stop_token_ids', 'decoded', 'RenderedChat', 'ChatFormat', 'render_batch', 'encode_texts',
+           'attach_chat_template']
 
 # %% ../../nbs/core/016_chat.ipynb #d8995dc5
 import functools
@@ -197,6 +198,23 @@ def stop_token_ids(
         ids += eos if isinstance(eos, list) else [eos]
     return list(dict.fromkeys(i for i in ids if i is not None))
 
+# %% ../../nbs/core/016_chat.ipynb #ae512a55
+@functools.cache
+def _hands_on(kind: type) -> bool:
+    "Whether `decode` of such a tokenizer is its backend's, clean-up apart."
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+    plain: bool = kind.decode is PreTrainedTokenizerBase.decode  # type: ignore[attr-defined]
+    return plain and getattr(kind, "_decode", None) is PreTrainedTokenizerFast._decode
+
+
+def decoded(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> str:
+    "The text of token ids without control tokens, and without clean-up of spaces."
+    kind: type = type(tokenizer)
+    if _hands_on(kind):
+        return str(tokenizer.backend_tokenizer.decode(list(ids), skip_special_tokens=True))
+    return str(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
 # %% ../../nbs/core/016_chat.ipynb #02f96a84
 @dataclass(frozen=True)
 class RenderedChat:
@@ -251,17 +269,7 @@ class ChatFormat:
 
     def decode(self, ids: Sequence[int]) -> str:
         "The text of token ids without control tokens."
-        if self._decodes_plainly:
-            return str(self.tokenizer.backend_tokenizer.decode(list(ids), skip_special_tokens=True))
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
-
-    @functools.cached_property
-    def _decodes_plainly(self) -> bool:
-        "Whether transformers only hands on to its backend, which it does in ten times the time that the backend takes."
-        from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
-
-        kind = type(self.tokenizer)
-        return kind.decode is PreTrainedTokenizerBase.decode and getattr(kind, "_decode", None) is PreTrainedTokenizerFast._decode
+        return decoded(self.tokenizer, ids)
 
     def _encode(self, marked: Sequence[str]) -> list[RenderedChat]:
         encoded = self.encoder.encode([self.encoder.name_controls(text) for text in marked])

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SERVICE_WEIGHT', 'RETRY_BOUNDS', 'T', 'QueueFullError', 'StoppingError', 'DeadlineError', 'CancelledRequestError',
-           'Limits', 'Room', 'Place', 'ServiceTime', 'TurnOrder', 'Running', 'Admission', 'queue_full', 'Leash',
-           'Users', 'InFlight', 'refuse_new', 'drain']
+           'Limits', 'Room', 'Place', 'ServiceTime', 'TurnOrder', 'Running', 'Admission', 'queue_full', 'Deadline',
+           'Leash', 'Users', 'InFlight', 'refuse_new', 'drain']
 
 # %% ../../nbs/serving/350_admission.ipynb #190d1d82
 import asyncio
@@ -230,8 +230,8 @@ def queue_full(admission: Admission, why: str) -> QueueFullError:
 T = TypeVar("T")
 
 
-class Leash:
-    "Ends one request's waits at its deadline, or earlier when pulled."
+class Deadline:
+    "When, and why, one request must end; use it with `with`, so that its timer goes when the request is complete."
 
     def __init__(
         self,
@@ -249,7 +249,6 @@ class Leash:
         return self
 
     def __exit__(self, *_: object) -> None:
-        "The request is complete: the timer goes."
         self._alarm.cancel()
 
     def pull(self, reason: RequestError) -> None:
@@ -257,6 +256,17 @@ class Leash:
         self._reason = self._reason or reason
         if self._task is not None:
             self._loop.call_soon(self._end)
+
+    def _end(self) -> None:
+        if self._task is not None and not self._ended:
+            self._ended = self._task.cancel()
+
+    def _expire(self) -> None:
+        self.pull(DeadlineError(f"the answer was not complete after {self._said}", code="timeout"))
+
+# %% ../../nbs/serving/350_admission.ipynb #76aebf87
+class Leash(Deadline):
+    "Ends one request's waits at its deadline, or earlier when pulled."
 
     async def hold(self, step: Callable[[], Awaitable[T]]) -> T:
         "Await `step()`. Raises `DeadlineError` at the deadline, or what the leash was pulled with."
@@ -276,13 +286,6 @@ class Leash:
             self._task = None
             if self._ended and task is not None:
                 task.uncancel()
-
-    def _end(self) -> None:
-        if self._task is not None and not self._ended:
-            self._ended = self._task.cancel()
-
-    def _expire(self) -> None:
-        self.pull(DeadlineError(f"the answer was not complete after {self._said}", code="timeout"))
 
 # %% ../../nbs/serving/350_admission.ipynb #8de516f2
 class Users:

@@ -6,14 +6,13 @@
 __all__ = ['CalledFunction', 'MessageToolCall', 'called', 'call_deltas', 'CallFinder']
 
 # %% ../../nbs/serving/315_call_messages.ipynb #6856446c
-import dataclasses
 from collections.abc import Iterator
 from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
 from .sampling_params import Chunk
-from .tool_calls import ToolCall, ToolCallFormat, ToolCallParser
+from .call_parser import CallPiece, ToolCall, ToolCallFormat, ToolCallParser
 
 # %% ../../nbs/serving/315_call_messages.ipynb #cf2a5d79
 class CalledFunction(BaseModel):
@@ -36,13 +35,12 @@ def called(call: ToolCall) -> dict[str, Any]:
     return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
 
 
-def call_deltas(
-    number: int,  # of the call in its answer
-    call: ToolCall,
-) -> Iterator[dict[str, Any]]:
-    "A call as the events of a stream have it."
-    yield {"index": number, **called(dataclasses.replace(call, arguments=""))}
-    yield {"index": number, "function": {"arguments": call.arguments}}
+def call_deltas(piece: CallPiece) -> Iterator[dict[str, Any]]:
+    "A piece of a call as the events of a stream have it: at first its name, then arguments."
+    if piece.id:
+        yield {"index": piece.number, **called(ToolCall(piece.id, piece.name, ""))}
+    if piece.arguments:
+        yield {"index": piece.number, "function": {"arguments": piece.arguments}}
 
 # %% ../../nbs/serving/315_call_messages.ipynb #0ab1905a
 class CallFinder:
@@ -52,13 +50,13 @@ class CallFinder:
         self._parser = ToolCallParser(form) if form else None
         self.count = 0  # of the calls so far
 
-    def read(self, chunk: Chunk) -> tuple[str, list[ToolCall], str | None]:
-        "The text and the calls that are certain with one more chunk, and why the answer ends."
-        text, calls, reason = chunk.text, list[ToolCall](), chunk.finish_reason
+    def read(self, chunk: Chunk) -> tuple[str, list[CallPiece], str | None]:
+        "The text and the pieces of calls that are certain with one more chunk, and why the answer ends."
+        text, pieces, reason = chunk.text, list[CallPiece](), chunk.finish_reason
         if self._parser is not None:
-            text, calls = self._parser.push(chunk.text)
+            text, pieces = self._parser.push(chunk.text)
             if reason:
                 rest, more = self._parser.finish()
-                text, calls = text + rest, calls + more
-        self.count += len(calls)
-        return text, calls, "tool_calls" if self.count and reason == "stop" else reason
+                text, pieces = text + rest, pieces + more
+        self.count += sum(bool(piece.id) for piece in pieces)
+        return text, pieces, "tool_calls" if self.count and reason == "stop" else reason

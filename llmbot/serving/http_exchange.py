@@ -106,10 +106,14 @@ async def keep_alive(
             await send({"type": "http.response.body", "body": PING, "more_body": True})
         await asyncio.sleep(max(ping_s - silence, 0.001) if silence < ping_s else ping_s)
 
-# %% ../../nbs/serving/364_http_exchange.ipynb #8dc89b7b
+
 _TURN = 8  # chunks of one stream after which the other streams have their turn in any case
 
 
+def _joined(frames: Iterable[dict[str, Any] | bytes]) -> bytes:
+    return b"".join(frame if isinstance(frame, bytes) else event(frame) for frame in frames)
+
+# %% ../../nbs/serving/364_http_exchange.ipynb #8dc89b7b
 class EventStream(EventSourceResponse, Generic[Item]):
     "Server-sent events made of chunks, closed with the response."
 
@@ -154,10 +158,6 @@ class EventStream(EventSourceResponse, Generic[Item]):
         finally:
             pings.cancel()
             await asyncio.gather(pings, return_exceptions=True)
-
-
-def _joined(frames: Iterable[dict[str, Any] | bytes]) -> bytes:
-    return b"".join(frame if isinstance(frame, bytes) else event(frame) for frame in frames)
 
 # %% ../../nbs/serving/364_http_exchange.ipynb #65ff7581
 T = TypeVar("T")

@@ -220,8 +220,7 @@ class OnnxRows(Rows):
             self._all = Bound(self.graph, self.caches, slice(0, len(self.keys)), 1, self.tokens)
             self._all.mask[:] = np.arange(self.tokens) < np.array(self.lengths)[:, None]
         bound = self._all
-        bound.ids[:, 0] = [tokens.get(key, 0) for key in self.keys]
-        bound.positions[:, 0] = self.lengths
+        bound.ids[:, 0], bound.positions[:, 0] = [tokens.get(key, 0) for key in self.keys], self.lengths
         for row, length in enumerate(self.lengths):
             bound.mask[row, length] = 1
         bound.run()

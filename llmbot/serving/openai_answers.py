@@ -17,9 +17,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field
 
 from .call_messages import CallFinder, MessageToolCall, call_deltas, called
+from .call_parser import ToolCallFormat, joined_calls
 from .sampling_params import Chunk, TokenLogprob
 from .token_texts import CompletionLogprobs, TokenTexts, chat_logprobs
-from .tool_calls import ToolCallFormat
 
 # %% ../../nbs/serving/372_openai_answers.ipynb #a8e52d78
 class PromptTokens(BaseModel):
@@ -205,7 +205,8 @@ class ChatWriter(Writer):
         "All of them, as JSON."
         choices = []
         for index, whole in enumerate(answers):
-            text, calls, reason = self._finders[index].read(whole)
+            text, pieces, reason = self._finders[index].read(whole)
+            calls = joined_calls(pieces)
             message: dict[str, Any] = {"role": "assistant", "content": text or (None if calls else ""), "refusal": None}
             if calls:
                 message["tool_calls"] = [called(call) for call in calls]
@@ -219,13 +220,12 @@ class ChatWriter(Writer):
         if not self._begun[index]:
             self._begun[index] = True
             yield self.head.event(index, '"delta":{"role":"assistant","content":""}')
-        before = self._finders[index].count
-        text, calls, reason = self._finders[index].read(chunk)
+        text, pieces, reason = self._finders[index].read(chunk)
         if text or (self._texts and chunk.logprobs):
             logprobs = chat_logprobs(self._texts, chunk.logprobs) if self._texts else None
             yield self.head.event(index, f'"delta":{{"content":{json.dumps(text)}}}', logprobs)
-        for number, call in enumerate(calls, before):
-            for delta in call_deltas(number, call):
+        for piece in pieces:
+            for delta in call_deltas(piece):
                 yield self.head.event(index, f'"delta":{{"tool_calls":[{_json(delta)}]}}')
         if reason:
             yield self.head.event(index, '"delta":{}', finish_reason=f'"{reason}"')

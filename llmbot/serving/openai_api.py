@@ -33,7 +33,8 @@ from .prompts import ChatPrompt, Prompt, encode_prompt
 from .sampling_params import BOUNDS, Chunk, Constraint, FinishReason, RequestError
 from .several_answers import interleave, whole_answers
 from .token_texts import TokenTexts
-from .tool_calls import FORMATS, ToolCallFormat, known_format, tool_constraint
+from .call_parser import FORMATS, ToolCallFormat
+from .tool_calls import known_format, tool_constraint
 
 # %% ../../nbs/serving/374_openai_api.ipynb #7e2986cd
 def seeded(

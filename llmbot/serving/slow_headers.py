@@ -24,7 +24,7 @@ class StreamingConnection(h11.Connection):
 
     _chunked = False  # a body of unknown length is being sent
 
-    def send(self, event: h11.Event) -> bytes | None:
+    def send(self, event: h11.Event) -> bytes | None:  # type: ignore[override]  # whose overloads say the same more closely
         "The bytes of an event. Raises what h11 raises."
         if self._chunked and type(event) is h11.Data and event.data and self.our_state is h11.SEND_BODY:
             return b"%x\r\n%b\r\n" % (len(event.data), event.data)
