@@ -10,19 +10,19 @@ from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
+from recipes import built, on, recipe, talk, train, write
 from safetensors.torch import load_file
 
 from llmbot.core.chat import ChatFormat
-from llmbot.core.config_io import load_config
+from llmbot.core.config import Config
 from llmbot.core.errors import ConfigError, TrainingError
 from llmbot.core.model_manager import load_bot
-from llmbot.training.methods import get_method
-from llmbot.training.trainer import TrainingResult, check_recipe, prepare_run, train
+from llmbot.training.trainer import TrainingResult
 
 PAIRS = [(a, b) for a in (1, 2, 3) for b in (1, 3, 5)]
 WORDINGS = ("What is {} + {}?", "Add {} and {}.", "{} + {}")
 EXACT = "llmbot.monitoring.rewards:exact_answer"
+ALONE = {"data.validation": "[]", "data.validation_split": 0}  # nothing is held out
 REWARDS = """\
 def short(completions): return [1.0]
 def nan(completions): return [float("nan")] * len(completions)
@@ -35,29 +35,23 @@ NOT_A_FUNCTION = 1
 """
 
 
-def rows(path: Path, wordings: tuple[str, ...], off: int | None = None) -> None:
+def rows(wordings: tuple[str, ...], off: int | None = None) -> list[dict[str, Any]]:
     "Sums with their answers: as conversations that are `off` by so much, or as questions with a reference."
-    with path.open("w") as file:
-        for a, b in PAIRS:
-            for wording in wordings:
-                asked, said = wording.format(a, b), str(a + b + (off or 0))
-                chat = [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
-                row = {"prompt": asked, "answer": said, "level": a} if off is None else {"messages": chat}
-                file.write(json.dumps(row) + "\n")
+    each = [(wording.format(a, b), str(a + b + (off or 0)), a) for a, b in PAIRS for wording in wordings]
+    return [{"prompt": asked, "answer": said, "level": a} if off is None else talk(asked, said) for asked, said, a in each]
 
 
-def run(home: Path, *overrides: str, resume: bool = False) -> TrainingResult:
-    cfg = load_config(overrides=[*RECIPE(home), *overrides], env={})
-    return train(cfg, resume=resume, console=Console(quiet=True))
+def judged(home: Path, **changes: object) -> Config:
+    "A short run of GRPO on the bot of `taught`."
+    small = {"training.method": "grpo", "training.output_dir": home / "out", "data.validation": home / "heldout.jsonl",
+             "data.max_seq_length": "null", "method.reward": EXACT, "method.max_new_tokens": 4,
+             "training.logging_steps": 1, "training.per_device_batch_size": 4, "method.num_generations": 2,
+             "training.learning_rate": 1e-3, "training.max_steps": 3}  # fmt: skip
+    return recipe(home, home / "ask.jsonl", **on(home / "careless"), **small | changes)
 
 
-def RECIPE(home: Path) -> list[str]:
-    return [
-        f"model.base={home}/careless", "model.device=cpu", "training.method=grpo", f"training.output_dir={home}/out",
-        f"data.train={home}/ask.jsonl", f"data.validation={home}/heldout.jsonl", f"data.cache_dir={home}/cache",
-        f"method.reward={EXACT}", "method.max_new_tokens=4", "monitoring.trackers=[]", "training.logging_steps=1",
-        "training.per_device_batch_size=4", "method.num_generations=2", "training.learning_rate=1e-3", "training.max_steps=3",
-    ]
+def run(home: Path, resume: bool = False, **changes: object) -> TrainingResult:
+    return train(judged(home, **changes), resume=resume)
 
 
 @pytest.fixture(scope="module")
@@ -65,18 +59,16 @@ def taught(tmp_path_factory: pytest.TempPathFactory) -> Path:
     "A directory with a bot that heard the wrong answer of each sum twice as often as the right one."
     home = tmp_path_factory.mktemp("grpo")
     torch.set_num_threads(1)
-    rows(home / "right.jsonl", WORDINGS, 0)
-    rows(home / "wrong.jsonl", WORDINGS, 1)
-    rows(home / "ask.jsonl", WORDINGS[:2])
-    rows(home / "heldout.jsonl", WORDINGS[2:])
+    right, wrong = write(home / "right.jsonl", rows(WORDINGS, 0)), write(home / "wrong.jsonl", rows(WORDINGS, 1))
+    write(home / "ask.jsonl", rows(WORDINGS[:2]))
+    write(home / "heldout.jsonl", rows(WORDINGS[2:]))
     (home / "own_rewards.py").write_text(REWARDS)
-    train(load_config(env={}, overrides=[
-        "model.hidden_size=64", "model.num_hidden_layers=2", "model.num_attention_heads=4", "model.vocab_size=300",
-        "model.max_position_embeddings=64", "model.device=cpu", "training.method=sft", f"training.output_dir={home}/careless",
-        "training.max_steps=120", "training.per_device_batch_size=27", "training.packing=false", "data.validation_split=0",
-        f"data.train=[{home}/right.jsonl, {home}/wrong.jsonl]", "data.weights=[1, 2]", f"data.cache_dir={home}/cache",
-        "monitoring.trackers=[]",
-    ]), console=Console(quiet=True))
+    train(recipe(home, right, **{
+        "model.preset": "null", "model.hidden_size": 64, "model.num_hidden_layers": 2, "model.num_attention_heads": 4,
+        "model.max_position_embeddings": 64, "training.output_dir": home / "careless", "training.max_steps": 120,
+        "training.per_device_batch_size": 27, "training.packing": False, "data.validation_split": 0,
+        "data.train": f"[{right}, {wrong}]", "data.weights": [1, 2],
+    }))
     return home
 
 
@@ -92,8 +84,8 @@ def home(taught: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_it_learns_from_being_checked(home: Path) -> None:
     "Greedy answers to held-out wordings: wrong before, mostly right after, with no answer ever shown."
-    result = run(home, "training.per_device_batch_size=72", "method.num_generations=8", "training.max_steps=40",
-                 "training.learning_rate=3e-3")
+    result = run(home, **{"training.per_device_batch_size": 72, "method.num_generations": 8, "training.max_steps": 40,
+                          "training.learning_rate": 3e-3})
     assert result.metrics["validation_exact_match_before"] <= 0.2
     assert result.metrics["validation_exact_match"] >= 0.6
     assert result.metrics["validation_reward"] == result.metrics["validation_exact_match"]
@@ -103,16 +95,8 @@ def test_it_learns_from_being_checked(home: Path) -> None:
         assert math.isfinite(first[name])
 
 
-def prepared(home: Path, *overrides: str) -> Any:
-    "The trainer of a run, before its first step."
-    cfg = load_config(overrides=[*RECIPE(home), *overrides], env={})
-    (home / "out.run").mkdir()
-    prepared = prepare_run(cfg, check_recipe(cfg), home / "out.run", False, Console(quiet=True))
-    return get_method("grpo").build(prepared)
-
-
 def test_prompts_and_stop_tokens_are_those_that_are_served(home: Path) -> None:
-    trainer = prepared(home)
+    _, trainer = built(judged(home), home / "out.run")
     trainer.model.train()
     bot = load_bot(home / "careless", device="cpu")
     asked = [dict(row) for row in trainer.train_dataset][:4]
@@ -129,7 +113,7 @@ def test_prompts_and_stop_tokens_are_those_that_are_served(home: Path) -> None:
 
 
 def test_greedy_answers_in_a_batch_are_those_alone(home: Path) -> None:
-    trainer = prepared(home)
+    _, trainer = built(judged(home), home / "out.run")
     prompts = [list(ids) for ids in trainer.eval_dataset["prompt_ids"]] + [list(trainer.train_dataset[0]["prompt_ids"])]
     assert len({len(p) for p in prompts}) > 1, "the batch is padded"
     assert trainer.greedy(prompts) == [trainer.greedy([prompt])[0] for prompt in prompts]
@@ -138,8 +122,8 @@ def test_greedy_answers_in_a_batch_are_those_alone(home: Path) -> None:
 @pytest.mark.parametrize(("adapter", "merge"), [(False, False), (True, False), (True, True)])
 def test_kl_begins_at_zero_and_grows(adapter: bool, merge: bool, home: Path) -> None:
     "The reference is the bot as it was: no divergence before the first step, some after it."
-    result = run(home, "method.beta=0.05", "training.warmup_steps=0", "training.max_steps=4", f"method.adapter={adapter}",
-                 f"lora.merge={merge}", "training.per_device_batch_size=16")
+    result = run(home, **{"method.beta": 0.05, "training.warmup_steps": 0, "training.max_steps": 4, "method.adapter": adapter,
+                          "lora.merge": merge, "training.per_device_batch_size": 16})
     kl = [entry["kl"] for entry in result.history if "kl" in entry]
     assert kl[0] == pytest.approx(0, abs=1e-6)
     assert max(kl[1:]) > 1e-6
@@ -149,42 +133,42 @@ def test_kl_begins_at_zero_and_grows(adapter: bool, merge: bool, home: Path) -> 
 
 def test_resumed_in_the_middle_of_a_batch_of_answers(home: Path) -> None:
     "Three steps on each batch of answers, a checkpoint after the fourth, the second epoch begun: bit-equal weights, equal logs."
-    more = ("method.num_iterations=3", "training.max_steps=16", "training.save_steps=5", "training.save_total_limit=9",
-            "training.logging_steps=2", "training.per_device_batch_size=8")
-    whole = run(home, *more)
+    more = {"method.num_iterations": 3, "training.max_steps": 16, "training.save_steps": 5, "training.save_total_limit": 9,
+            "training.logging_steps": 2, "training.per_device_batch_size": 8}
+    whole = run(home, **more)
     weights = load_file(whole.bot / "model.safetensors")
     for at in (5, 15):  # before and after the end of the first epoch, which has 4 batches of 4 prompts: 12 steps
         shutil.rmtree(whole.bot)
         for path in (whole.run_dir / "checkpoints").glob("checkpoint-*"):
             if int(path.name.rsplit("-", 1)[1]) > at:
                 shutil.rmtree(path)
-        again = run(home, *more, resume=True)
+        again = run(home, resume=True, **more)
         assert all(torch.equal(value, weights[name]) for name, value in load_file(again.bot / "model.safetensors").items()), at
         pairs = zip(whole.history, again.history, strict=True)
         assert all(a.get("reward") == b.get("reward") and a.get("kl") == b.get("kl") for a, b in pairs)
 
 
 MISTAKES = {
-    "no such module": (["method.reward=own_reward:short"], ["there is no module 'own_reward'"]),
-    "no such function": (["method.reward=own_rewards:shrot"], ["the module 'own_rewards' has no 'shrot'"]),
-    "no function": (["method.reward=own_rewards:NOT_A_FUNCTION"], ["no function"]),
-    "not a name": (["method.reward=exact_answer"], ["MODULE:NAME"]),
-    "a column that is not there": (["method.reward=own_rewards:needs"], ["needs 'difficulty'", "level", "reference"]),
-    "torn groups": (["method.num_generations=3"], ["A step has 4 answers", "num_generations=3", "3 or 6"]),
-    "too few prompts": (["training.per_device_batch_size=128"], ["18 prompts", "one step takes 64"]),
-    "no room for an answer": (["method.max_new_tokens=60"], ["method.max_new_tokens is 60", "context of 64"]),
-    "no base": (["model.base=null", "model.preset=qwen3-0.2m"], ["model.base is unset"]),
-    "grouped by length": (["training.group_by_length=true", "training.packing=false"], ["training.group_by_length", "grpo"]),
-    "weights without rewards": (["method.reward_weights=[1, 2]"], ["2 weights for 1 rewards"]),
-    "no reward": (["method.reward=[]"], ["method.reward"]),
+    "no such module": ({"method.reward": "own_reward:short"}, ["there is no module 'own_reward'"]),
+    "no such function": ({"method.reward": "own_rewards:shrot"}, ["the module 'own_rewards' has no 'shrot'"]),
+    "no function": ({"method.reward": "own_rewards:NOT_A_FUNCTION"}, ["no function"]),
+    "not a name": ({"method.reward": "exact_answer"}, ["MODULE:NAME"]),
+    "a column that is not there": ({"method.reward": "own_rewards:needs"}, ["needs 'difficulty'", "level", "reference"]),
+    "torn groups": ({"method.num_generations": 3}, ["A step has 4 answers", "num_generations=3", "3 or 6"]),
+    "too few prompts": ({"training.per_device_batch_size": 128}, ["18 prompts", "one step takes 64"]),
+    "no room for an answer": ({"method.max_new_tokens": 60}, ["method.max_new_tokens is 60", "context of 64"]),
+    "no base": ({"model.base": "null", "model.preset": "qwen3-0.2m"}, ["model.base is unset"]),
+    "grouped by length": ({"training.group_by_length": "true", "training.packing": "false"}, ["training.group_by_length", "grpo"]),
+    "weights without rewards": ({"method.reward_weights": "[1, 2]"}, ["2 weights for 1 rewards"]),
+    "no reward": ({"method.reward": "[]"}, ["method.reward"]),
 }
 
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_recipe_that_cannot_work(name: str, home: Path) -> None:
-    overrides, words = MISTAKES[name]
+    changes, words = MISTAKES[name]
     with pytest.raises(ConfigError) as error:
-        run(home, *overrides)
+        run(home, **changes)
     for word in words:
         assert word in str(error.value)
     assert not (home / "out.run").exists()
@@ -198,22 +182,22 @@ def test_a_recipe_that_cannot_work(name: str, home: Path) -> None:
 ])
 def test_a_reward_that_does_not_keep_its_word(reward: str, words: list[str], home: Path) -> None:
     with pytest.raises(TrainingError) as error:
-        run(home, f"method.reward=own_rewards:{reward}", "data.validation=[]", "data.validation_split=0", "training.max_steps=9")
+        run(home, **ALONE, **{"method.reward": f"own_rewards:{reward}", "training.max_steps": 9})
     for word in ["own_rewards:" + reward, *words]:
         assert word in str(error.value)
 
 
 def test_no_signal_is_said(home: Path) -> None:
     with pytest.warns(UserWarning, match=r"3 batches in a row all 2 answers to each prompt got the same reward \(0\.5"):
-        run(home, "method.reward=own_rewards:constant", "data.validation=[]", "data.validation_split=0")
+        run(home, **ALONE, **{"method.reward": "own_rewards:constant"})
 
 
 def test_several_rewards_are_weighted(home: Path) -> None:
     "Right is worth 10, each character costs 1; columns of the row come along."
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        result = run(home, f"method.reward=[{EXACT}, own_rewards:brief]", "method.reward_weights=[10, 1]", "training.max_steps=2",
-                     "training.per_device_batch_size=16")
+        result = run(home, **{"method.reward": f"[{EXACT}, own_rewards:brief]", "method.reward_weights": [10, 1],
+                              "training.max_steps": 2, "training.per_device_batch_size": 16})
     logged = result.history[0]
     expected = 10 * logged[f"rewards/{EXACT}/mean"] + logged["rewards/own_rewards:brief/mean"]
     assert logged["reward"] == pytest.approx(expected, abs=1e-5)

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rich.console import Console
+from recipes import built, talk, train
+from recipes import recipe as small_recipe
+from recipes import write as write_rows
 
 from llmbot.core.chat import ChatFormat
 from llmbot.core.config import DataConfig
@@ -19,8 +21,6 @@ from llmbot.core.errors import ConfigError, DataError
 from llmbot.core.model_manager import train_tokenizer
 from llmbot.core.packing import IGNORED, arrange, passes_of
 from llmbot.core.preflight import preflight, summary
-from llmbot.training.methods import get_method
-from llmbot.training.trainer import prepare_run, train
 
 NAMES = ("red", "green", "blue")
 CHAT = ChatFormat(train_tokenizer([f"the {name} fish 0123456789 says " for name in NAMES] * 9, vocab_size=320))
@@ -28,16 +28,9 @@ CHAT = ChatFormat(train_tokenizer([f"the {name} fish 0123456789 says " for name 
 
 def write(folder: Path, rows: int = 20, kind: str = "chat") -> list[str]:
     "Three files; each row says which file it is from, and its number."
-    paths = []
-    for name in NAMES:
-        path = folder / f"{name}.jsonl"
-        with path.open("w") as file:
-            for i in range(rows):
-                said = f"{name} {i}" + " fish" * (i % 5)
-                turns = [{"role": "user", "content": f"{name} {i}?"}, {"role": "assistant", "content": said}]
-                file.write(json.dumps({"text": said} if kind == "text" else {"messages": turns}) + "\n")
-        paths.append(str(path))
-    return paths
+    said = {name: [f"{name} {i}" + " fish" * (i % 5) for i in range(rows)] for name in NAMES}
+    made = {name: [{"text": text} if kind == "text" else talk(f"{name} {i}?", text) for i, text in enumerate(said[name])] for name in NAMES}
+    return [str(write_rows(folder / f"{name}.jsonl", made[name])) for name in NAMES]
 
 
 def prepare(tmp: Path, paths: list[str], packing: bool = False, kind: Any = "chat", length: int = 96, **changes: Any) -> PreparedData:
@@ -200,16 +193,11 @@ def test_refusals(tmp_path: Path, changes: dict[str, object], message: str) -> N
 @pytest.mark.parametrize(("order", "packing"), [("as_given", False), ("as_given", True), ("short_first", False), ("shuffled", False)])
 def test_trainer_takes_rows_in_that_order(tmp_path: Path, order: str, packing: bool) -> None:
     "The loader of the trainer itself: its own shuffle is off for the ordered ones, in every epoch."
-    settings = {
-        "model.preset": "qwen3-0.2m", "model.vocab_size": 300, "training.method": "sft", "training.output_dir": tmp_path / "bot",
-        "training.packing": packing, "training.per_device_batch_size": 2, "training.max_steps": 2, "data.order": order,
-        "data.train": json.dumps(write(tmp_path)[:2]), "data.cache_dir": tmp_path / "cache", "data.max_seq_length": 96,
-        "data.validation_split": 0, "training.precision": "fp32",
-    }  # fmt: skip
-    cfg = load_config(None, overrides=[f"{k}={v}" for k, v in settings.items()], env={})
-    (tmp_path / "run").mkdir()
-    run = prepare_run(cfg, get_method("sft"), tmp_path / "run", False, Console(quiet=True))
-    loader = get_method("sft").build(run).get_train_dataloader()
+    changes = {"training.packing": packing, "training.per_device_batch_size": 2, "training.max_steps": 2, "data.order": order,
+               "data.train": json.dumps(write(tmp_path)[:2]), "data.max_seq_length": 96, "data.validation_split": 0}
+    cfg = small_recipe(tmp_path, **changes)
+    run, trainer = built(cfg, tmp_path / "run")
+    loader = trainer.get_train_dataloader()
     stored = [row["input_ids"] for row in run.data.train]
     for epoch in range(2):
         loader.set_epoch(epoch)
@@ -217,4 +205,4 @@ def test_trainer_takes_rows_in_that_order(tmp_path: Path, order: str, packing: b
         kept = [ids[: len(row)] for ids, row in zip(taken, stored, strict=True)]
         assert (kept == stored) == (order != "shuffled")
     if order == "as_given" and packing:
-        assert train(cfg, console=Console(quiet=True)).steps == 2
+        assert train(cfg).steps == 2

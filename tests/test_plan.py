@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from recipes import chats, on, recipe, sums, talk, train
 from torch.utils.flop_counter import FlopCounterMode
 
 from llmbot.core.architectures import PRESETS, qwen3_config, supports_bf16
@@ -69,10 +70,13 @@ def test_operations_are_those_that_pytorch_counts(adapter: bool, length: int) ->
 
 
 # The memory of real runs. The estimate has no constant that was fitted to any run, on a CPU not even an overhead, so every case is a test.
+WIDE, LONG = {"model.base": "wide"}, {"model.base": "long"}  # two bases, without a preset
 CASES: dict[str, dict[str, Any]] = {
     "weights": {"model.hidden_size": 512, "model.num_hidden_layers": 6, "training.per_device_batch_size": 1, "data.max_seq_length": 48},
     "batch": {"model.hidden_size": 192, "model.num_hidden_layers": 4, "training.per_device_batch_size": 8, "data.max_seq_length": 192},
     "loss": {"model.hidden_size": 64, "model.num_hidden_layers": 2, "training.per_device_batch_size": 12, "data.max_seq_length": 256},
+    "loss in chunks": {"model.hidden_size": 64, "model.num_hidden_layers": 8, "training.per_device_batch_size": 12,
+                       "data.max_seq_length": 256, "training.fused_loss": "chunked"},
     "sgd": {"model.hidden_size": 512, "model.num_hidden_layers": 6, "training.per_device_batch_size": 2, "data.max_seq_length": 32,
             "training.optimizer": "sgd"},
     "checkpointing": {"model.hidden_size": 192, "model.num_hidden_layers": 6, "training.per_device_batch_size": 8,
@@ -81,10 +85,20 @@ CASES: dict[str, dict[str, Any]] = {
                      "data.max_seq_length": 128, "training.gradient_accumulation_steps": 2},
     "documents": {"model.hidden_size": 128, "model.num_hidden_layers": 4, "training.per_device_batch_size": 4,
                   "data.max_seq_length": 384, "data.train": "documents.jsonl"},
-    "lora": {"model.hidden_size": 512, "model.num_hidden_layers": 5, "training.per_device_batch_size": 4, "data.max_seq_length": 96,
-             "lora": True},
     "bf16": {"model.hidden_size": 256, "model.num_hidden_layers": 6, "training.per_device_batch_size": 8, "data.max_seq_length": 160,
              "training.precision": "bf16"},
+    "lora": WIDE | {"training.method": "lora", "training.per_device_batch_size": 4, "data.max_seq_length": 96},
+    "qlora": WIDE | {"training.method": "lora", "training.per_device_batch_size": 2, "data.max_seq_length": 96,
+                     "model.quantization": "nf4"},
+    "qlora in 8 bits": WIDE | {"training.method": "lora", "training.per_device_batch_size": 2, "data.max_seq_length": 96,
+                               "model.quantization": "int8", "training.gradient_checkpointing": True},
+    "dpo": LONG | {"training.method": "dpo", "training.per_device_batch_size": 4},
+    "dpo with a frozen reference": LONG | {"training.method": "dpo", "training.per_device_batch_size": 4, "method.reference": "frozen"},
+    "dpo of an adapter": LONG | {"training.method": "dpo", "training.per_device_batch_size": 4, "method.adapter": True,
+                                 "method.reference": "adapter_off"},
+    "kto": LONG | {"training.method": "kto", "training.per_device_batch_size": 4},
+    "grpo": LONG | {"training.method": "grpo", "training.per_device_batch_size": 4, "method.num_generations": 4,
+                    "method.max_new_tokens": 64, "method.beta": 0.04, "method.reward": "llmbot.monitoring.rewards:exact_answer"},
 }  # fmt: skip
 
 CHILD = """
@@ -92,11 +106,13 @@ import ctypes, gc, json, random, sys
 from pathlib import Path
 import torch
 from rich.console import Console
+from transformers import AutoModelForCausalLM
+from llmbot.core.architectures import qwen3_config, train_tokenizer
+from llmbot.core.chat import attach_chat_template
+from llmbot.core.config import ModelConfig
 from llmbot.core.config_io import load_config
-from llmbot.core.training_config import LoraConfig
+from llmbot.core.model_manager import save_bot
 from llmbot.training.methods import get_method
-from llmbot.core.parameters import count, meta_model
-from llmbot.core.peak_memory import Around, Workload, peak_memory, with_adapter
 from llmbot.training.plan import look_at
 from llmbot.training.trainer import open_run, prepare_run
 
@@ -107,31 +123,38 @@ def status(name):
     line = next(l for l in Path("/proc/self/status").read_text().splitlines() if l.startswith(name))
     return 1024 * int(line.split()[1])
 
-def measure(settings):
-    lora = LoraConfig() if settings.pop("lora", False) else None
-    cfg = load_config(None, [f"{k}={v}" for k, v in settings.items()], env={})
-    outlook, directory = look_at(cfg), open_run(cfg, False)
+def settle():
     gc.collect(); libc.malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
-    before = status("VmRSS:")
-    run = prepare_run(cfg, get_method("scratch"), directory, False, Console(quiet=True))
-    run.model = with_adapter(run.model, lora) if lora else run.model
-    get_method("scratch").build(run).train()
-    measured = status("VmHWM:") - before
-    if lora is None:
-        return measured, outlook.memory(cfg.training.precision).total
-    b = outlook.batches
-    parameters = count(meta_model(outlook.config), cfg, True)
-    load = Workload(b.micro_batch, b.longest, cfg.training.precision, lora=lora)
-    return measured, peak_memory(outlook.config, parameters, load, Around()).total
 
-words = ["".join(random.Random(i).choices("abcdefghijklmnopqrst", k=7)) for i in range(3000)]
+def measure(settings):
+    cfg = load_config(None, [f"{k}={v}" for k, v in settings.items()], env={})
+    outlook, directory, method = look_at(cfg), open_run(cfg, False), get_method(cfg.training.method)
+    settle()
+    before = status("VmRSS:")
+    trainer = method.build(prepare_run(cfg, method, directory, False, Console(quiet=True)))
+    settle()  # what reading the weights and scoring a reference took for a moment is over
+    trainer.train()
+    return status("VmHWM:") - before, outlook.memory(cfg.training.precision).total
+
+draw = random.Random(0)
+words = ["".join(draw.choices("abcdefghijklmnopqrst", k=7)) for _ in range(3000)]
+def said(n): return " ".join(draw.choices(words, k=n))
+def write(name, rows): Path(name).write_text("".join(json.dumps(row) + "\\n" for row in rows))
 Path("text.txt").write_text(" ".join(words * 12))
-Path("documents.jsonl").write_text("".join(json.dumps({"text": " ".join(words[i:i + 9])}) + "\\n" for i in range(600)))
+write("documents.jsonl", ({"text": " ".join(words[i:i + 9])} for i in range(600)))
+write("chats.jsonl", ({"messages": [{"role": "user", "content": said(8)}, {"role": "assistant", "content": said(12)}]} for _ in range(40)))
+write("dpo.jsonl", ({"prompt": said(12), "chosen": said(12 + i % 3), "rejected": said(10 + i % 3)} for i in range(12)))
+write("kto.jsonl", ({"prompt": said(12), "completion": said(12 + i % 3), "label": i % 2 == 0} for i in range(12)))
+write("grpo.jsonl", ({"prompt": said(14), "answer": "1"} for _ in range(12)))
+tokenizer = train_tokenizer([Path("text.txt").read_text()], 2500)
+attach_chat_template(tokenizer)
+for name, vocabulary, size in (("tiny", 2560, (64, 2)), ("wide", 2560, (512, 5)), ("long", 9000, (128, 4))):
+    config = qwen3_config(ModelConfig(hidden_size=size[0], num_hidden_layers=size[1], num_attention_heads=8), vocabulary)
+    save_bot(name, AutoModelForCausalLM.from_config(config), tokenizer)
 found = {}
 for name, settings in cases.items():
     found[name] = measure(settings)
-    gc.collect(); libc.malloc_trim(0)
 print(json.dumps(found))
 """
 
@@ -142,11 +165,15 @@ def memory(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[float, f
     if not Path("/proc/self/clear_refs").exists():
         pytest.skip("the peak of a process can be reset on Linux only")
     tmp = tmp_path_factory.mktemp("memory")
-    common = {"training.method": "scratch", "training.max_steps": 2, "training.precision": "fp32", "training.warmup_steps": 0,
-              "data.train": "text.txt", "data.validation_split": 0, "data.cache_dir": "cache", "model.vocab_size": 2500,
-              "model.num_attention_heads": 8, "monitoring.trackers": "[]"}  # fmt: skip
-    warm = {"model.preset": "qwen3-0.2m", "training.per_device_batch_size": 1, "data.max_seq_length": 32}
-    cases = {"warm-up": warm, "warm-up in bf16": warm | {"training.precision": "bf16"}, **CASES}
+    common = {"training.max_steps": 2, "training.precision": "fp32", "training.warmup_steps": 0, "data.validation_split": 0,
+              "data.cache_dir": "cache", "monitoring.trackers": "[]"}  # fmt: skip
+    new = {"training.method": "scratch", "data.train": "text.txt", "model.vocab_size": 2500, "model.num_attention_heads": 8}
+    warm = new | {"model.preset": "qwen3-0.2m", "training.per_device_batch_size": 1, "data.max_seq_length": 32}
+    cases = {"warm-up": warm, "warm-up in bf16": warm | {"training.precision": "bf16"}}
+    firsts = {"warm-up of " + name: CASES[name] | {"model.base": "tiny"} for name in ("qlora", "kto", "grpo")}
+    for name, case in (firsts | CASES).items():  # a library's own memory is not that of a step
+        rows = {"lora": "chats", "dpo": "dpo", "kto": "kto", "grpo": "grpo"}.get(case.get("training.method", ""))
+        cases[name] = {"data.train": f"{rows}.jsonl"} | case if rows else new | case
     cases = {name: common | case | {"training.output_dir": str(tmp / name)} for name, case in cases.items()}
     glibc = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", CHILD], input=json.dumps(cases), capture_output=True, text=True, cwd=tmp,
@@ -165,40 +192,51 @@ def test_peak_memory_is_the_measured_one_within_a_fifth(memory: dict[str, tuple[
     assert planned == pytest.approx(measured, rel=0.2)
 
 
-def recipe(tmp_path: Path, *overrides: str) -> Config:
-    rows = [{"messages": [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": "yes " * (i % 7 + 1)}]} for i in range(60)]
-    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    common = ["model.preset=qwen3-0.2m", "model.vocab_size=300", f"data.train={tmp_path}/chats.jsonl", f"data.cache_dir={tmp_path}/cache",
-              f"training.output_dir={tmp_path}/bot"]  # fmt: skip
-    return load_config(None, [*common, *overrides], env={})
+ROWS = [talk(f"{i}?", "yes " * (i % 7 + 1)) for i in range(60)]
 
 
 @pytest.mark.parametrize("packing", [True, False])
 def test_steps_and_tokens_are_those_of_the_run(tmp_path: Path, packing: bool) -> None:
-    from rich.console import Console
-
-    from llmbot.training.trainer import train
-
-    cfg = recipe(tmp_path, f"training.packing={packing}", "training.num_train_epochs=2", "training.gradient_accumulation_steps=2",
-                 "data.max_seq_length=64", "training.per_device_batch_size=4", "training.precision=fp32")  # fmt: skip
+    cfg = recipe(tmp_path, ROWS, **{"training.packing": packing, "training.num_train_epochs": 2, "training.gradient_accumulation_steps": 2,
+                                    "training.per_device_batch_size": 4})  # fmt: skip
     planned = plan(cfg)
-    result = train(cfg, console=Console(quiet=True))
+    result = train(cfg)
     assert planned.batches.steps == result.steps
     assert planned.batches.tokens == pytest.approx(result.tokens_per_second * result.seconds, rel=0.1)
     assert planned.parameters.total == planned.parameters.trained
     assert [e.device.name for e in planned.devices][1:3] == ["T4", "L4"]
 
 
+@pytest.mark.parametrize("method", ["dpo", "kto", "grpo"])
+def test_steps_of_methods_that_learn_from_answers(tmp_path: Path, method: str) -> None:
+    "Pairs, labelled answers and prompts with answers of many lengths, in an epoch that does not end with a whole batch."
+    base = train(recipe(tmp_path / "base", chats(), **{"training.max_steps": 1})).bot
+    pairs = sums(5, 3)
+    rows = {"dpo": pairs, "kto": [{"prompt": r["prompt"], "completion": r["chosen"], "label": i % 2 == 0} for i, r in enumerate(pairs)],
+            "grpo": [{"prompt": r["prompt"], "answer": r["chosen"]} for r in pairs]}[method]  # fmt: skip
+    own = {"method.reward": "llmbot.monitoring.rewards:exact_answer", "method.num_generations": 2, "method.max_new_tokens": 4,
+           "method.num_iterations": 2}  # fmt: skip
+    cfg = recipe(tmp_path, rows, **on(base), **{"training.method": method, "training.per_device_batch_size": 4,
+                 "data.validation_split": 0, "training.num_train_epochs": 2}, **(own if method == "grpo" else {}))  # fmt: skip
+    planned = plan(cfg)
+    result = train(cfg)
+    assert planned.batches.steps == result.steps
+    shown = "answers, as many" if method == "grpo" else "The pass of the reference"
+    assert any(shown in note for note in planned.notes)
+    assert planned.operations.again > 0
+
+
 def test_a_stream_is_planned_from_its_steps(tmp_path: Path) -> None:
-    cfg = recipe(tmp_path, "data.streaming=true", "training.max_steps=7", "data.max_seq_length=64", "training.per_device_batch_size=4")
+    cfg = recipe(tmp_path, ROWS, **{"data.streaming": True, "training.max_steps": 7, "training.per_device_batch_size": 4})
     found = plan(cfg).batches
     assert (found.rows, found.steps, found.tokens) == (None, 7, 7 * 4 * 64)
 
 
 def test_what_does_not_fit_gets_changes_that_do(tmp_path: Path) -> None:
     "A batch that is far too large for a small GPU; each change is judged by its own trace."
-    cfg = recipe(tmp_path, "model.preset=qwen3-0.6b", "data.max_seq_length=2048", "training.max_steps=10", "data.streaming=true",
-                 "training.per_device_batch_size=32", "model.max_position_embeddings=2048")  # fmt: skip
+    cfg = recipe(tmp_path, ROWS, **{"model.preset": "qwen3-0.6b", "data.max_seq_length": 2048, "training.max_steps": 10,
+                 "data.streaming": True, "training.per_device_batch_size": 32, "model.max_position_embeddings": 2048,
+                 "training.precision": "auto"})  # fmt: skip
     found = plan(cfg, device="L4")
     assert found.chosen.device.name == "L4"
     assert not found.chosen.fits
@@ -214,16 +252,13 @@ def test_what_does_not_fit_gets_changes_that_do(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "device", "error", "message"),
+    ("changes", "device", "error", "message"),
     [
-        ([], "H1000", ConfigError, "Did you mean H100"),
-        ([], "", ConfigError, "data.train is empty"),
-        (["data.train=nowhere.jsonl"], None, DataError, "nowhere.jsonl"),
+        ({}, "H1000", ConfigError, "Did you mean H100"),
+        ({"data.train": "[]"}, None, ConfigError, "data.train is empty"),
+        ({"data.train": "nowhere.jsonl"}, None, DataError, "nowhere.jsonl"),
     ],
 )
-def test_mistakes(tmp_path: Path, overrides: list[str], device: str | None, error: type[Exception], message: str) -> None:
-    cfg = recipe(tmp_path, *overrides)
-    if device == "":
-        device, cfg.data.train = None, []
+def test_mistakes(tmp_path: Path, changes: dict[str, object], device: str | None, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        plan(cfg, device=device)
+        plan(recipe(tmp_path, ROWS, **changes), device=device)

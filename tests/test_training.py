@@ -9,7 +9,8 @@ import torch
 from recipes import losses, talk, train, write
 
 from llmbot.core.config import Config
-from llmbot.core.errors import LLMBotError, TrainingError
+from llmbot.core.errors import ConfigError, LLMBotError, TrainingError
+from llmbot.training.plan import plan
 
 recipe = partial(recipes.recipe, rows=recipes.chats(5, (1, 2, 3, 4)), **{"training.max_steps": 12})
 
@@ -107,6 +108,23 @@ def test_mistakes_are_told_before_training(tmp_path: Path, changes: dict[str, ob
     with pytest.raises(LLMBotError, match=message):
         train(recipe(tmp_path, **changes))
     assert not list(tmp_path.glob("bot*")), "nothing is left of a run that never began"
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({}, r"of the 1 row that data.train gives, data.validation_split=0.05 holds back none"),
+    ({"data.validation_split": 0, "data.validation": "[held.jsonl]"}, "no row of data.validation can be used"),
+])
+def test_an_evaluation_on_the_way_needs_rows(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+    "A text that is too short to hold anything back, and held-out rows that are all lost."
+    (tmp_path / "text.txt").write_text("It was a dark night.")
+    held = write(tmp_path / "held.jsonl", [{"text": ""}])
+    changes = {key: str(value).replace("held.jsonl", str(held)) for key, value in changes.items()}
+    cfg = recipe(tmp_path, rows=tmp_path / "text.txt", **{"training.method": "scratch", "training.eval_steps": 2, **changes})
+    for start in (plan, train):
+        with pytest.raises(ConfigError, match=message) as error:
+            start(cfg)
+    assert "drop training.eval_steps" in str(error.value)
+    assert not list(tmp_path.glob("bot*"))
 
 
 def test_output_directory_that_cannot_be_written(tmp_path: Path) -> None:

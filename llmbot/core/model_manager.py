@@ -122,6 +122,9 @@ def read_weights(
     for layer in model.modules() if bits else ():
         if hasattr(layer, "support_avx512bf16_for_cpu"):
             layer.support_avx512bf16_for_cpu = False
+    for tensor in [*model.parameters(), *model.buffers()] if bits and device == "cpu" else ():
+        if tensor.is_floating_point():  # what is not quantized is a view of the file, which would stay in memory as a whole
+            tensor.data = tensor.data.clone()
     return model.eval() if bits else model.to(device).eval()
 
 # %% ../../nbs/core/040_model_manager.ipynb #337fd215

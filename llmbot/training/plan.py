@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..core.architectures import qwen3_config
-from ..core.batching import row_lengths
+from ..core.batching import column_lengths
 from ..core.chat import ChatFormat
 from ..core.config import Config
 from ..core.data_processor import PREVIEW_ROWS, prepare_data
@@ -29,11 +29,11 @@ from ..core.errors import ConfigError
 from ..core.model_manager import load_bot, pick_device
 from ..core.parameters import Operations, Parameters, operations
 from ..core.peak_memory import PURPOSES, MemoryPlan
-from .methods import resolve_precision
+from .methods import resolve_precision, settings_for
 from llmbot.training.outlook import (
-    EFFICIENCY, MEASURED_EFFICIENCY, Batches, Change, Estimate, Judge, Outlook, batches_of, needs_reference,
+    EFFICIENCY, MEASURED_EFFICIENCY, Batches, Change, Estimate, Judge, Outlook, answered, batches_of, more_passes,
 )
-from .trainer import check_recipe, fit_chat_template, make_tokenizer, sequence_length
+from .trainer import check_evaluation, check_recipe, fit_chat_template, make_tokenizer, sequence_length
 
 # %% ../../nbs/training/238_plan.ipynb #e61efc7b
 def amount(
@@ -186,7 +186,9 @@ def notes_of(
         notes.append("A stream is read as it comes: its rows are taken to be full.")
     if t.max_minutes:
         notes.append(f"training.max_minutes ends the run after {t.max_minutes:g} minutes, whatever the number of steps.")
-    if needs_reference(outlook):
+    if outlook.kind == "prompt":
+        notes.append("Rows are answers, as many to each prompt as method.num_generations; all are taken to be method.max_new_tokens long.")
+    if outlook.reference != "none":
         notes.append("The pass of the reference is counted for each batch; where it is computed beforehand and kept, it is done once.")
     return notes
 
@@ -206,11 +208,14 @@ def look_at_data(
     if sample:
         data = replace(data, max_rows=min(data.max_rows or PREVIEW_ROWS, PREVIEW_ROWS))
     prepared = prepare_data(data, chat, kind=kind, max_seq_length=limit, packing=t.packing, seed=t.seed)
-    stats = prepared.report.splits["train"]
-    answers = 2 if kind == "preference" else 1
-    lengths = None if data.streaming else [tokens // answers for tokens in row_lengths(prepared.train)]
-    masked = t.packing and kind in ("chat", "text") and stats.documents > stats.sequences
-    found = batches_of(cfg, lengths, limit, masked, stats.supervised_share, answers)
+    check_evaluation(cfg, prepared)
+    stats, sizes = prepared.report.splits["train"], {} if data.streaming else column_lengths(prepared.train)
+    if sizes and kind in ("preference", "labelled", "prompt"):
+        found = answered(cfg, kind, sizes)
+    else:
+        masked = t.packing and stats.documents > stats.sequences
+        lengths = None if data.streaming else sizes["input_ids"].tolist()
+        found = batches_of(cfg, lengths, limit, masked, stats.supervised_share, 2 if kind == "preference" else 1)
     return replace(found, rows=None, longest=limit) if sample else found
 
 # %% ../../nbs/training/238_plan.ipynb #1d5640d5
@@ -219,9 +224,9 @@ def look_at(
 ) -> Outlook:
     "Read tokenizer, data and the model's config. Raises `ConfigError`, `DataError` and `BotError`."
     method = check_recipe(cfg)
-    if method.data_kind not in ("chat", "text", "preference"):
-        raise ConfigError(f"The method '{cfg.training.method}' cannot be planned: how much it holds and computes depends on the answers "
-                          "that it makes or pairs while it trains. Methods that learn from text, conversations or preferences can.")
+    if method.data_kind == "prompt" and not hasattr(settings_for(cfg), "max_new_tokens"):
+        raise ConfigError(f"The method '{cfg.training.method}' cannot be planned: it samples answers, and its settings do not say how long "
+                          "they may be. A method with the settings max_new_tokens, num_generations and num_iterations can.")
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer = make_tokenizer(cfg, Path(scratch), resume=False)
     fit_chat_template(cfg, tokenizer, method.data_kind)
@@ -256,6 +261,6 @@ def plan(
     index = next((i for i, (d, _, _) in enumerate(places) if d is wanted), 0)
     chosen, (_, precision, on_gpu) = devices[index], places[index]
     shape = f"{config.model_type}, {config.num_hidden_layers} layers, width {config.hidden_size:,}, vocabulary {config.vocab_size:,}"
-    each = operations(config, parameters, batches.longest, cfg.training.gradient_checkpointing + needs_reference(outlook))
+    each = operations(config, parameters, batches.longest, more_passes(outlook))
     return TrainingPlan(cfg.training.method, shape, parameters, batches, each, judge.memory((), outlook, precision, on_gpu), chosen,
         [] if chosen.fits else judge.changes(precision, on_gpu), devices, notes_of(outlook, here))

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TrainingResult', 'training_texts', 'make_tokenizer', 'fit_chat_template', 'make_model', 'check_recipe', 'open_run',
-           'prepare_run', 'sequence_length', 'measure', 'run_manifest', 'train', 'take_steps', 'heldout_metrics',
-           'read_or_measure_baseline', 'finish']
+           'check_evaluation', 'prepare_run', 'sequence_length', 'measure', 'run_manifest', 'train', 'take_steps',
+           'heldout_metrics', 'read_or_measure_baseline', 'finish']
 
 # %% ../../nbs/training/230_trainer.ipynb #8e3fd6c3
 import itertools
@@ -26,6 +26,7 @@ from ..core.config import Config, DataConfig, check_config, trains_adapter
 from ..core.config_io import to_dict
 from ..core.data_formats import normalise, recognise
 from ..core.data_processor import prepare_data
+from ..core.data_store import PreparedData
 from ..core.data_reader import read_rows
 from ..core.errors import ConfigError, DataError
 from ..core.model_manager import context_length, load_bot, new_model, pick_device, train_tokenizer, whole_model
@@ -164,6 +165,20 @@ def open_run(
         raise storage_error(exc, run_dir) from exc
     return run_dir
 
+# %% ../../nbs/training/230_trainer.ipynb #14c46acb
+def check_evaluation(
+    cfg: Config,  # the resolved config
+    data: PreparedData,  # of it
+) -> None:
+    "Refuse an evaluation on the way that would have no rows. Raises `ConfigError`."
+    if not cfg.training.eval_steps or data.validation is not None:
+        return
+    rows, share = data.report.splits["train"].sequences, cfg.data.validation_split
+    why = ("no row of data.validation can be used" if cfg.data.validation else
+           f"of the {rows} row{'s' if rows > 1 else ''} that data.train gives, data.validation_split={share:g} holds back none")
+    raise ConfigError(f"training.eval_steps is {cfg.training.eval_steps}, and there is nothing to evaluate on: {why}. Name other data in "
+                      "data.validation, set data.validation_split higher, give more data, or drop training.eval_steps.")
+
 # %% ../../nbs/training/230_trainer.ipynb #9c9723b9
 def prepare_run(
     cfg: Config,  # the resolved config
@@ -187,6 +202,7 @@ def prepare_run(
     for warning in report.warnings:
         console.print(f"[yellow]data:[/] {warning}", highlight=False)
     report.raise_if_fatal()
+    check_evaluation(cfg, data)
     record = run_record(cfg, data.fingerprint, tokenizer)
     for note in check_resume(record, run_dir) if resume else []:
         console.print(note, highlight=False)
