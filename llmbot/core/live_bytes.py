@@ -112,7 +112,7 @@ class FewBitsProduct(torch.autograd.Function):
     "A product with weights that are kept in few bits: what it allocates, not what it computes."
 
     @staticmethod
-    def forward(ctx: Any, inputs: torch.Tensor, weight: torch.Tensor, four: bool) -> torch.Tensor:  # type: ignore[override]
+    def forward(ctx: Any, inputs: torch.Tensor, weight: torch.Tensor, four: bool) -> torch.Tensor:
         "The product of inputs (..., in) and a weight (out, in); in 8 bits the inputs are kept."
         ctx.weight, ctx.dtype, ctx.kept = weight, weight.dtype if four else inputs.dtype, None if four else inputs
         scales = torch.empty(weight.numel() // SCALED if four else weight.shape[0])

@@ -68,7 +68,7 @@ class FusedHead(torch.autograd.Function):
     "That head on a GPU, where kernels work on one tile of logits in place: what it allocates, not what it computes."
 
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         "A log-probability for each of the hidden states (positions, width)."
         ctx.save_for_backward(hidden, weight)
         torch.empty(min(len(hidden), TOKENS), COLUMNS, dtype=hidden.dtype)
