@@ -285,7 +285,10 @@ class Recording(Recorder):
     def record(self, method: str, args: Sequence[Any], step: int | None) -> None:
         "Take a call to a method of `Tracker`; without trackers it goes nowhere."
         if self.couriers:
-            call = {"method": method, "args": self.redactor.value(args), "step": step}
+            clean = self.redactor.value(args)
+            if method == "log_metrics":
+                clean[0] = self.redactor.figures(args[0])
+            call = {"method": method, "args": clean, "step": step}
             self._pass_on(call) if self._began else self._early.append(call)
 
     def _pass_on(self, call: Call) -> None:

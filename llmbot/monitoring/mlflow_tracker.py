@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['LONGEST_PARAM', 'DATABASES', 'without_password', 'MLflowSettings', 'flat', 'mlflow_name', 'remove_after',
-           'make_database', 'MLflowRuns', 'MLflowFiles', 'MLflowTracker']
+           'empty_database', 'make_database', 'MLflowRuns', 'MLflowFiles', 'MLflowTracker']
 
 # %% ../../nbs/monitoring/105_mlflow_tracker.ipynb #8e3a62b5
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -84,18 +85,27 @@ def remove_after(
                 session.add(SqlLatestMetric(**facts))
 
 # %% ../../nbs/monitoring/105_mlflow_tracker.ipynb #a42df3a4
+@functools.cache
+def empty_database() -> bytes:  # a SQLite file
+    "MLflow's tables without rows. Its migrations take ten seconds, so a process runs them once. Raises what MLflow raises."
+    from mlflow import MlflowClient
+
+    with tempfile.TemporaryDirectory() as place:
+        made = Path(place).resolve() / "mlflow.db"
+        MlflowClient(f"sqlite:///{made}").search_experiments(max_results=1)
+        return made.read_bytes()
+
+
 def make_database(
     path: Path,  # SQLite file
 ) -> None:
     "Make MLflow's tables where they are not there yet. Raises `OSError`, and what MLflow raises."
-    from mlflow import MlflowClient
-
     if path.exists():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".mlflow-") as place:
         made = Path(place).resolve() / "mlflow.db"
-        MlflowClient(f"sqlite:///{made}").search_experiments(max_results=1)
+        made.write_bytes(empty_database())
         with contextlib.suppress(FileExistsError):  # another run was faster
             os.link(made, path)
 

@@ -113,6 +113,13 @@ class Redactor(TextRedactor):
         text = bytes(value).decode("utf-8", "replace") if isinstance(value, bytes | bytearray | memoryview) else str(value)
         return HIDDEN if secret and text else self.text(text)
 
+    def figures(
+        self,
+        numbers: Mapping[str, float],  # by name
+    ) -> dict[str, float]:
+        "Figures, whose names may have any word in them: `token_f1` is no token. Secrets in the names themselves are hidden."
+        return {self.text(name): float(value) for name, value in numbers.items()}
+
     def _mapping(self, value: Mapping[Any, Any], name: str) -> dict[str, Any]:
         "All that lies below a secret's name is secret; keys that are hidden stay apart."
         found: dict[str, Any] = {}
