@@ -91,6 +91,15 @@ def points(page: "Page") -> int:
     return len(re.findall(r",", curve.get_attribute("points") or "")) if curve.count() else 0
 
 
+MORE = b'{"prompt": "Who are you?", "completion": "A bot."}\n{"prompt": "Who is there?", "completion": "A bot."}\n'
+
+
+def rows_read(page: "Page") -> int:
+    "As the report on the data says."
+    words = page.get_by_text(re.compile(r"[\d,]+ rows read, ")).first.inner_text()
+    return int(words.partition(" ")[0].replace(",", ""))
+
+
 def test_the_tutorial_by_hand(browser: "Browser", lab: str, network_log: Callable[[Any], Any]) -> None:
     context = browser.new_context(viewport={"width": 1200, "height": 900})
     network_log(context)
@@ -101,7 +110,15 @@ def test_the_tutorial_by_hand(browser: "Browser", lab: str, network_log: Callabl
     assert page.locator(".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.stderr']").count() == 0
     assert page.locator("mark").first.inner_text()  # the preflight, with the learned part marked
 
-    page.get_by_role("button", name="Start", exact=True).click()  # a run from the widget
+    before = rows_read(page)
+    with page.expect_file_chooser() as chooser:
+        page.locator("button.widget-upload").click()
+    chooser.value.set_files({"name": "more.jsonl", "mimeType": "", "buffer": MORE})
+    page.get_by_text("Kept: data/more.jsonl.").wait_for(timeout=60_000)
+    page.get_by_role("button", name="Look", exact=True).click()  # at what was there, and what was uploaded
+    until(lambda: rows_read(page) == before + 2)
+
+    page.get_by_role("button", name="Start", exact=True).first.click()  # a run from the widget
     until(lambda: points(page) > 2)
     seen = points(page)
     until(lambda: points(page) > seen)  # the curve grows
@@ -113,6 +130,9 @@ def test_the_tutorial_by_hand(browser: "Browser", lab: str, network_log: Callabl
     before = page.locator(".widget-readout").first.inner_text()
     handle.press("ArrowRight")
     until(lambda: page.locator(".widget-readout").first.inner_text() != before)
+
+    page.get_by_role("slider").nth(2).scroll_into_view_if_needed()
+    picture(page, "widget-chat")  # the tutorial's question, and what the bot has learned to answer
 
     for slider in (0, 1):  # temperature and top p: as daring as can be, for a long answer
         page.get_by_role("slider").nth(slider).press("End")
@@ -135,7 +155,6 @@ def test_the_tutorial_by_hand(browser: "Browser", lab: str, network_log: Callabl
     assert len(page.evaluate("() => window.partial")) > 3
     assert page.evaluate("() => window.hacked") is None
     assert page.locator(".llmbot-user").last.inner_text().endswith("</script>")
-    picture(page, "widget-chat")
 
     page.evaluate("() => window.jupyterapp.commands.execute('docmanager:save')")
     page.reload()

@@ -98,7 +98,8 @@ class Chat:
     def __init__(self, desk: Desk) -> None:
         _, material = toolkit()
         self.desk, self.talk, self.view = desk, Talk(desk), transcript_class()(closed=True, status="The page is being loaded.")
-        self.bots, self.sampling, self.sharing = Bots(desk), Sampling(desk.place.live.current.serving), Sharing()
+        self.bots = Bots(desk, lambda: refresh(self))  # the first bot that is opened makes room for a question
+        self.sampling, self.sharing = Sampling(desk.place.live.current.serving), Sharing()
         self.ballot = Ballot(desk.folder.votes, desk.folder.ratings)
         self.rated, self.notes, self.start = dict[int, bool](), dict[int, str](), 0
         self.pair: Pair | None = None  # waits for a vote

@@ -156,7 +156,9 @@ def widget_for(
 
 
 def value_in(field: FormField, widget: Any) -> Any:
-    "What a widget says, as `read_form` takes it."
+    "What a widget says, as `read_form` takes it: of a field with suggestions the text that is seen, also before Enter."
+    if isinstance(widget, toolkit()[1].AutocompleteInput):
+        return widget.value_input or (None if field.optional else "")
     if widget.value == UNSET or (field.optional and widget.value is None):
         return None
     return widget.value if widget.value is not None else ""
@@ -217,11 +219,11 @@ Line = Sequence[tuple[int, float]]  # step and value
 
 
 def figure_of(
-    labels: Sequence[str],  # of the lines
+    lines: Mapping[str, Line],  # by label
     unit: str,  # of the values
     logarithmic: bool,
 ) -> tuple[Any, dict[str, Any]]:  # a bokeh figure, and the source of each line
-    "A figure with lines that have no points yet."
+    "A figure with lines; what follows is streamed into their sources."
     from bokeh.models import ColumnDataSource, HoverTool
     from bokeh.plotting import figure
 
@@ -231,8 +233,8 @@ def figure_of(
     plot.toolbar.logo = None
     plot.add_tools(HoverTool(tooltips=[("", "$name"), ("step", "@x"), (unit, "@y")]))
     sources = {}
-    for number, label in enumerate(labels):
-        sources[label] = ColumnDataSource({"x": [], "y": []})
+    for number, (label, points) in enumerate(lines.items()):
+        sources[label] = ColumnDataSource({"x": [step for step, _ in points], "y": [value for _, value in points]})
         plot.line("x", "y", source=sources[label], name=label, legend_label=label, line_width=2, color=COLOURS[number % len(COLOURS)],
                   line_dash=DASHES[number // len(COLOURS) % len(DASHES)])
     if plot.legend:
@@ -265,8 +267,8 @@ class CurvesView:
         begins = {label: now[label][: len(points)] for label, points in self.shown.items() if label in now}
         grown = now.keys() == self.shown.keys() and begins == self.shown
         if not grown or logarithmic != self.logarithmic:
-            plot, self.sources = figure_of(list(now), self.unit, logarithmic)
-            self.shown, self.logarithmic = {label: [] for label in now}, logarithmic
+            plot, self.sources = figure_of(now, self.unit, logarithmic)  # with its points: the browser does not know it yet
+            self.shown, self.logarithmic = now, logarithmic
             self.pane.param.update(object=plot if now else None, visible=bool(now))
         for label, points in now.items():
             if new := points[len(self.shown[label]) :]:

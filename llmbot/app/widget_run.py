@@ -99,8 +99,8 @@ class Levers:
         ask: Callable[[Callable[[LiveRun], str]], None],  # does something with the run, and shows what came of it
     ):
         w = ipywidgets()
-        self.rate = w.Text(description="Learning rate", placeholder="such as 1e-4", style={"description_width": "7em"})
-        self.prompt = w.Text(description="Ask the model", value="Hello!", style={"description_width": "7em"})
+        self.rate = w.Text(description="Learning rate", placeholder="such as 1e-4", style={"description_width": "9em"})
+        self.prompt = w.Text(description="Ask the model", value="Hello!", style={"description_width": "9em"})
         commands: dict[str, Callable[[LiveRun], str]] = {
             "Pause": paused, "Resume": resumed, "Stop": stopped, "Finish now": finished,
             "Change": lambda run: changed_rate(run, self.rate.value), "Sample now": lambda run: sampled(run, self.prompt.value),
