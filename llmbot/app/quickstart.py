@@ -9,6 +9,7 @@ __all__ = ['QUESTIONS', 'MINUTES', 'stream_answers', 'train_stage', 'measure_sta
 # %% ../../nbs/app/520_quickstart.ipynb #5dc70d3a
 import functools
 import json
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -23,6 +24,7 @@ from .demo_data import write_demo_data
 from .report import Rung, ladder_cells, ladder_page
 from .stages import STAGES, begun, choose_directory, ladder, write_recipes
 from .stops import Stops
+from ..core.bot import storage_error
 from ..core.config import Config, ServingConfig
 from ..core.config_io import load_config
 from ..core.errors import TrainingError
@@ -160,7 +162,7 @@ def prepare(
     max_steps: int | None,  # at most so many steps in each stage
     console: Console,  # where everything is shown
 ) -> None:
-    "Write data and recipes that are not there yet. Raises `TrainingError` for another seed than that of the start."
+    "Write data and recipes that are not there yet. Raises `TrainingError` for another seed than that of the start, `BotError`."
     if resume:
         first = load_config(home / "sft.yaml", env={}).training.seed
         if seed not in (None, first):
@@ -170,7 +172,11 @@ def prepare(
     else:
         seed = 42 if seed is None else seed
         console.print(f"A first chatbot, in {home}: {', '.join(stages)}. {MINUTES}", highlight=False)
-        write_demo_data(home / "data", seed)
+        try:
+            write_demo_data(home / "data", seed)
+        except OSError as exc:
+            shutil.rmtree(home / "data", ignore_errors=True)
+            raise storage_error(exc, home) from exc
     write_recipes(home, stages, seed, max_steps)
     console.print("[dim]loading the libraries ...[/]")
 
@@ -207,8 +213,9 @@ def quickstart(
 ) -> QuickstartResult:  # what was made and measured
     """Train a first chatbot from nothing, teach it a skill and a style, measure each step on held-out prompts, write a report.
 
-    Raises `TrainingError` when the directory is taken, nothing can be resumed, or a stage has no bot to go on from. Ctrl-C and SIGTERM
-    end the step or the measuring, save, and raise `KeyboardInterrupt` or `SystemExit(143)`; `resume` goes on from there.
+    Raises `TrainingError` when the directory is taken, nothing can be resumed, or a stage has no bot to go on from, and `BotError` when
+    the disk does not take its data. Ctrl-C and SIGTERM end the step or the measuring, save, and raise `KeyboardInterrupt` or
+    `SystemExit(143)`; `resume` goes on from there.
     """
     console, started = console or Console(), time.monotonic()
     asked = list(stages) if stages is not None else [] if resume else list(STAGES)
