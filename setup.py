@@ -31,7 +31,7 @@ setup(
     install_requires=cfg["requirements"].split(),
     extras_require=extras,
     entry_points={
-        "console_scripts": ["llmbot=llmbot.app.cli:main"],
+        "console_scripts": ["llmbot=llmbot.app.entry:main"],
         "nbdev": [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"],
     },
     zip_safe=False,

@@ -248,6 +248,8 @@ def test_nothing_left_says_why(tmp_path: Path) -> None:
     rows: list[dict | str] = [talk("Hi", "x" * 500)] * 2
     with pytest.raises(DataError, match=r"Nothing is left to train on, of 2 rows: 1 x an exact duplicate.*; 1 x too long .*line 1\)"):
         prepare(tmp_path, rows, length=100)
+    with pytest.raises(DataError, match="1 x a plain text is no conversation: learn it with training.method=scratch"):
+        prepare(tmp_path, [{"text": "Once upon a time."}])
 
 
 def test_labels_follow_train_on(tmp_path: Path) -> None:

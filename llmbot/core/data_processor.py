@@ -342,7 +342,8 @@ def _build(
     if shared:
         report.warnings.append(f"{shared} questions of data.validation are also in data.train, with other answers")
     if not train:
-        lost = "; ".join(f"{loss.count} x {reason} (first: {loss.where})" for reason, loss in report.dropped.items()) or "no rows were read"
+        losses = (f"{loss.count} x {loss.detail.rstrip('.')} (first: {loss.where})" for loss in report.dropped.values())
+        lost = "; ".join(losses) or "no rows were read"
         raise DataError(f"Nothing is left to train on, of {report.rows_read} rows: {lost}.")
     groups = mix_entries(train, config, seed, report)
     splits = {"train": (train, rows_of(train, kind, limit, packed, seed, groups, config.order))}
