@@ -342,9 +342,8 @@ def _build(
     if shared:
         report.warnings.append(f"{shared} questions of data.validation are also in data.train, with other answers")
     if not train:
-        losses = (f"{loss.count} x {loss.detail.rstrip('.')} (first: {loss.where})" for loss in report.dropped.values())
-        lost = "; ".join(losses) or "no rows were read"
-        raise DataError(f"Nothing is left to train on, of {report.rows_read} rows: {lost}.")
+        lost = "; ".join(f"{loss.count} x {loss.detail.rstrip('.')} (first: {loss.where})" for loss in report.dropped.values())
+        raise DataError(f"Nothing is left to train on, of {report.rows_read} rows: {lost or 'no rows were read'}.")
     groups = mix_entries(train, config, seed, report)
     splits = {"train": (train, rows_of(train, kind, limit, packed, seed, groups, config.order))}
     report.splits = {"train": stats_of([train[i] for group in groups for i in group], len(splits["train"][1]), chat)}

@@ -70,6 +70,14 @@ class OwnSettings:
         cls = self.find(name)
         return None if cls is None else cls(**given)
 
+    def key_of(
+        self,
+        key: str,  # as the class of the settings has it, which may name the first part of the section alone
+    ) -> str:
+        "The key of a setting in a recipe."
+        first = self.section.partition(".")[0]
+        return key if key.startswith(f"{self.section}.") else f"{self.section}.{key.removeprefix(f'{first}.')}"
+
 # %% ../../nbs/core/003_own_settings.ipynb #e6105ff7
 def section_conflicts(
     own: OwnSettings,
@@ -85,9 +93,8 @@ def section_conflicts(
             cls(**given)
     except InvalidConfigError as exc:
         for fault in exc.faults:
-            prefix = f"{own.section}."
-            keys = tuple(key if key.startswith(prefix) else prefix + key for key in fault.key.split(", "))
-            yield Conflict(keys, str(dataclasses.replace(fault, key="")).removeprefix(": "))
+            keys, hint = tuple(own.key_of(key) for key in fault.key.split(", ")), fault.suggestion and own.key_of(fault.suggestion)
+            yield Conflict(keys, str(dataclasses.replace(fault, key="", suggestion=hint)).removeprefix(": "))
 
 # %% ../../nbs/core/003_own_settings.ipynb #e0635dad
 OWN_SETTINGS: dict[str, OwnSettings] = {

@@ -86,6 +86,11 @@ class EarlyStopping(EarlyStoppingCallback):
         if isinstance(saved := state.stateful_callbacks.get("EarlyStopping"), dict):
             self.early_stopping_patience_counter = int(saved["attributes"]["early_stopping_patience_counter"])
 
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        "Look at the evaluations of the run; what is measured before it, under another name, says nothing of its progress."
+        if f"eval_{args.metric_for_best_model}" in kwargs["metrics"]:
+            super().on_evaluate(args, state, control, **kwargs)
+
 
 class AverageCallback(TrainerCallback):
     "Updates a moving average after each step, before a checkpoint is written."
