@@ -47,7 +47,7 @@ def judged(home: Path, **changes: object) -> Config:
              "data.max_seq_length": "null", "method.reward": EXACT, "method.max_new_tokens": 4,
              "training.logging_steps": 1, "training.per_device_batch_size": 4, "method.num_generations": 2,
              "training.learning_rate": 1e-3, "training.max_steps": 3}  # fmt: skip
-    return recipe(home, home / "ask.jsonl", **on(home / "careless"), **small | changes)
+    return recipe(home, home / "ask.jsonl", **(on(home / "careless") | small | changes))
 
 
 def run(home: Path, resume: bool = False, **changes: object) -> TrainingResult:
