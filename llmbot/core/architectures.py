@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['PRESETS', 'DEFAULT_PRESET', 'PAD', 'START', 'END', 'MIN_VOCAB', 'Shape', 'depth_rule', 'scratch_learning_rate',
            'resolve_shape', 'qwen3_config', 'matmul_parameters', 'count_parameters', 'flops_per_token',
-           'MemoryEstimate', 'memory_estimate', 'describe_model', 'train_tokenizer', 'new_model', 'pick_device',
-           'supports_bf16', 'pick_dtype', 'quantized']
+           'describe_model', 'train_tokenizer', 'new_model', 'pick_device', 'supports_bf16', 'pick_dtype', 'quantized']
 
 # %% ../../nbs/core/038_architectures.ipynb #f9d41861
 from collections.abc import Iterable
@@ -149,41 +148,6 @@ def flops_per_token(
     """
     forward = 2 * matmul_parameters(config) + 4 * config.num_hidden_layers * _attention_widths(config)[0] * seq_length
     return forward * (3 if training else 1)
-
-# %% ../../nbs/core/038_architectures.ipynb #c6e6192d
-@dataclass(frozen=True)
-class MemoryEstimate:
-    "Bytes that a model needs, by purpose."
-
-    weights: int
-    gradients: int
-    optimizer: int
-    activations: int
-    kv_cache: int
-
-    @property
-    def total(self) -> int:
-        "All of it, in bytes."
-        return self.weights + self.gradients + self.optimizer + self.activations + self.kv_cache
-
-
-def memory_estimate(
-    config: "PreTrainedConfig",  # of a Llama-family decoder
-    *,
-    training: bool = True,  # False: weights and KV cache only
-    batch_size: int = 1,  # sequences at once on one device
-    seq_length: int = 1024,  # tokens of each
-    bytes_per_weight: int = 4,  # 4 for fp32, 2 for bf16 and fp16
-) -> MemoryEstimate:  # bytes
-    "An estimate of device memory from the config alone; the runtime's own overhead is not in it."
-    n, tokens = count_parameters(config), batch_size * seq_length
-    q, kv = _attention_widths(config)
-    if not training:
-        cache = 2 * config.num_hidden_layers * kv * tokens * bytes_per_weight
-        return MemoryEstimate(n * bytes_per_weight, 0, 0, 0, cache)
-    per_token_block = 6 * config.hidden_size + 4 * q + 4 * kv + 4 * config.intermediate_size
-    activations = tokens * (config.num_hidden_layers * per_token_block * bytes_per_weight + 2 * 4 * config.vocab_size)
-    return MemoryEstimate(4 * n, 4 * n, 8 * n, activations, 0)
 
 # %% ../../nbs/core/038_architectures.ipynb #744f57ca
 def describe_model(
