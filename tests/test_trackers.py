@@ -30,6 +30,7 @@ from llmbot.core.config import Config, ModelConfig, MonitoringConfig, ServingCon
 from llmbot.core.config_io import load_config
 from llmbot.core.errors import TrainingError
 from llmbot.monitoring.experiment_tracker import TrackedRun, create_trackers, identity, register_tracker
+from llmbot.monitoring.mlflow_tracker import make_database
 from llmbot.monitoring.tracker_queue import read_calls
 from llmbot.monitoring.tracker_records import leveldb_records, local_records, tracker_name
 from llmbot.serving.api_server import running_server
@@ -108,6 +109,7 @@ def told(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
 def tracked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tracked]:
     "One run in all four trackers, killed after step 10 and resumed from step 8, with secrets planted on the way."
     folder = tmp_path_factory.mktemp("tracked")
+    make_database(folder / "mlflow.db")  # here, where the tests after this one take the tables from
     given = overrides(folder, "bot", **{
         "serving.token": PLANTED["in the configuration"],
         "monitoring.sample_prompts":
