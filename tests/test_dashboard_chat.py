@@ -89,7 +89,7 @@ def team(folder: Path) -> Iterator[str]:
 @pytest.fixture(scope="module")
 def alone(folder: Path) -> Iterator[tuple[str, Workplace]]:
     "The dashboard alone, without keys, on a bot whose words are known."
-    serving = ServingConfig(models=[str(folder / "bots" / "alice")], port=0, backend="scripted", max_new_tokens=6,
+    serving = ServingConfig(models=[str(folder / "bots" / "alice")], port=0, backend="scripted", max_new_tokens=6, admin_token=ADMIN,
                             conversations_url=f"sqlite:///{folder}/alone.db")
     GatedBackend.gate.set()
     with running_dashboard(Config(model=ModelConfig(device="cpu"), serving=serving), folder) as (url, place):
@@ -108,16 +108,13 @@ def context(browser: "Browser", network_log: Record) -> "Iterator[BrowserContext
 
 
 def enter(context: "BrowserContext", url: str, key: str = "", page: str = "chat") -> "Page":
-    "Open a page of the dashboard, and sign in where a key is given."
+    "Open a page of the dashboard, by its address, signed in where a key is given."
+    if key:
+        assert context.request.post(f"{url}/sign-in", form={"key": key}, max_redirects=0).status == 303
     shown = context.new_page()
     shown.on("pageerror", lambda error: pytest.fail(f"a script of the page failed: {error}"))
     shown.goto(f"{url}?page={page}")
-    if key:
-        shown.get_by_label("Key").fill(key)
-        shown.get_by_role("button", name="Sign in").click()
-        if page != "chat":
-            shown.get_by_role("button", name=page.title()).click()
-    shown.get_by_role("heading", name=page.title(), exact=True).wait_for()
+    shown.get_by_role("heading", name=page.partition("&")[0].title(), exact=True).wait_for()
     return shown
 
 
@@ -209,13 +206,7 @@ def test_chat(team: str, context: "BrowserContext") -> None:
 
 
 def test_settings_come_from_the_address_and_go_into_one(team: str, context: "BrowserContext") -> None:
-    page = context.new_page()
-    page.goto(f"{team}/ui/sign-in")
-    page.get_by_label("Key").fill(ADMIN)
-    page.get_by_role("button", name="Sign in").click()
-    message(page).wait_for()
-    page.goto(f"{team}/ui?page=chat&model=bob&max_new_tokens=3&system=Be+brief.")
-    message(page).wait_for()
+    page = enter(context, f"{team}/ui", ADMIN, "chat&model=bob&max_new_tokens=3&system=Be+brief.")
     say(page, "Hi there")
     talk = kept(team, ADMIN)[0]
     assert (talk["model"], talk["messages"][0]) == ("bob", {"role": "system", "content": "Be brief."})
@@ -273,7 +264,32 @@ def test_an_answer_streams_and_stops(alone: tuple[str, Workplace], context: "Bro
     page.get_by_label("Earlier conversations").wait_for()
     with store.begin() as connection:
         rows = connection.exec_driver_sql("SELECT message FROM llmbot_messages WHERE position = 1").all()
-    assert any(json.loads(row[0])["content"].count("word") == said for row in rows)
+    messages = [json.loads(row[0]) for row in rows]
+    assert [m["content"].count("word") for m in messages if m.get("stopped")] == [said]
+
+
+def test_an_answer_outlives_its_reader(alone: tuple[str, Workplace], browser: "Browser", context: "BrowserContext") -> None:
+    "The browser is closed in the middle of an answer; it is written to its end, and found again."
+    url, place = alone
+    GatedBackend.gate.clear()
+    reader = browser.new_context()
+    page = enter(reader, url)
+    send(page, "Will you go on without me?")
+    page.get_by_text("The bot is answering.").wait_for()
+    reader.close()
+    assert len(place.answers) == 1
+    GatedBackend.gate.set()
+    limit = time.monotonic() + 60
+    while place.answers:
+        assert time.monotonic() < limit, "the answer is still being written"
+        time.sleep(0.02)
+    page = enter(context, url)
+    page.get_by_label("Earlier conversations").click()
+    page.get_by_role("menuitem").filter(has_text="Will you go on without me?").click()
+    answer = page.get_by_role("article", name="Bot")
+    answer.wait_for()
+    assert answer.inner_text().count("word") == 6
+    assert answer.get_by_text("stopped").count() == 0
 
 
 def test_a_script_in_an_answer_is_text(alone: tuple[str, Workplace], context: "BrowserContext") -> None:
@@ -299,7 +315,15 @@ def test_a_long_conversation_stays_usable(alone: tuple[str, Workplace], context:
     url, place = alone
     said = [(role, text.format(i)) for i in range(1000) for role, text in (("user", "question {}"), ("assistant", "*answer* {}"))]
     create(place.conversations.store(), "local", None, [{"role": role, "content": text} for role, text in said])
+    for i in range(100):  # later ones, as many as are offered at first
+        create(place.conversations.store(), "local", None, [{"role": "user", "content": f"another {i}"}])
     page = enter(context, url)
+    page.get_by_label("Earlier conversations").click()
+    page.get_by_role("menuitem").filter(has_text="another 99").wait_for()
+    assert page.get_by_role("menuitem").filter(has_text="question 0").count() == 0
+    page.keyboard.press("Escape")
+    page.get_by_role("button", name="Older conversations").click()
+    page.get_by_role("button", name="Older conversations").wait_for(state="detached")
     page.get_by_label("Earlier conversations").click()
     page.get_by_role("menuitem").filter(has_text="question 0").click()
     articles = page.get_by_role("article")
@@ -364,7 +388,7 @@ def test_server_page(team: str, context: "BrowserContext") -> None:
     assert (facts["requests"], facts["complete"]) == (str(stats["total"]["requests"]), str(stats["total"]["completed"]))
     assert page.get_by_role("row").filter(has_text="whole answer").count() == 1
     assert page.get_by_role("row").filter(has_text="default").filter(has_text="500 per 1 hour").count() == 1
-    assert page.get_by_text("Administration").count() == 0
+    assert page.get_by_text("Administration").count() + page.get_by_text("Requests that are not complete").count() == 0
     assert httpx.patch(f"{team}/admin/config", json={"serving.top_p": 0.5}, headers=user).status_code == 403
     page.get_by_role("button", name="Sign out").click()
     page = enter(context, f"{team}/ui", ADMIN, "server")
@@ -382,6 +406,29 @@ def test_server_page(team: str, context: "BrowserContext") -> None:
         page.get_by_role("button", name=name, exact=True).click()
         page.get_by_role("row").filter(has_text="bob").filter(has_text=state).wait_for()
         assert httpx.get(f"{team}/stats", headers=user).json()["models"]["bob"]["state"] == state
+
+
+def test_requests_are_seen_and_ended(alone: tuple[str, Workplace], team: str, browser: "Browser", context: "BrowserContext") -> None:
+    "An administrator sees a request while it runs, without its text, and ends it; whoever waits for it is told. Others cannot."
+    url, _ = alone
+    visitor = browser.new_context()
+    GatedBackend.gate.clear()
+    asking = enter(visitor, url)
+    send(asking, "A secret of mine")
+    asking.get_by_text("The bot is answering.").wait_for()
+    page = enter(context, url, ADMIN, "server")
+    row = page.get_by_role("row").filter(has_text="local")
+    row.filter(has_text="running").wait_for()
+    assert row.locator("td").all_inner_texts()[1:4] == ["alice", "local", "running"]
+    assert page.get_by_text("secret").count() == 0
+    row.get_by_role("button", name="Cancel").click()
+    asking.get_by_text("cancelled").or_(asking.get_by_text("The answer was stopped.")).first.wait_for()
+    row.wait_for(state="detached")
+    GatedBackend.gate.set()
+    visitor.close()
+    user = {"Authorization": f"Bearer {USER}"}
+    assert [httpx.request(how, f"{team}/admin/requests{id}", headers=user).status_code
+            for how, id in (("GET", ""), ("DELETE", "/mine"))] == [403, 403]
 
 
 def test_nothing_is_left_of_a_visitor_who_has_gone(alone: tuple[str, Workplace], browser: "Browser") -> None:

@@ -1,7 +1,9 @@
 """The dashboard's pages for work, in a real browser: data, a run that outlives its page, runs, models, evaluations."""
 
+import asyncio
 import json
 import os
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,11 +11,15 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from tiny_bots import make_bot
 
+from llmbot.app import dashboard_pages
 from llmbot.app.dashboard_mount import running_dashboard
+from llmbot.app.dashboard_pages import Desk, register_page
+from llmbot.app.dashboard_views import heading_html, html_pane, toolkit
 from llmbot.app.live_run import LiveRun
 from llmbot.app.run_records import find_runs
+from llmbot.core.bot import bot_digest, read_manifest
 from llmbot.core.config import Config, ServingConfig
-from llmbot.core.registry_layout import read_aliases, registry_directory
+from llmbot.core.registry_layout import find_version, read_aliases, registry_directory
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, BrowserContext, Page
@@ -66,10 +72,8 @@ def visit(address: str, browser: "Browser", network_log: Callable[["BrowserConte
         context = browser.new_context(viewport=size or WIDE)
         contexts.append(context)
         network_log(context)
+        assert context.request.post(f"{address}/sign-in", form={"key": key}, max_redirects=0).status == 303
         page = context.new_page()
-        page.goto(address + "/sign-in")
-        page.get_by_label("Key").fill(key)
-        page.get_by_role("button", name="Sign in").click()
         show(page, address, name)
         return page
 
@@ -82,8 +86,6 @@ def show(page: "Page", address: str, name: str) -> None:
     "Open a page of the dashboard by its address."
     page.goto(f"{address}?page={name}")
     page.get_by_role("heading", level=1).first.wait_for(timeout=WAIT)
-    if (page.viewport_size or WIDE)["width"] > NARROW["width"]:  # the menu opens when the page is ready: changes arrive from then on
-        page.get_by_role("button", name="Close drawer").wait_for(timeout=WAIT)
 
 
 def see(page: "Page", text: str) -> None:
@@ -221,6 +223,9 @@ def test_models_move(visit: "Callable[..., Page]", folder: Path, faults: Faults)
     assert read_aliases(registry_directory(), "helper")["aliases"] == {"production": 1}
     page.get_by_role("button", name="Verify").click()
     see(page, "helper@2 is intact")
+    page.get_by_role("button", name="Write for hubs").click()
+    see(page, "is ready for a hub")
+    assert bot_digest(folder / "hub" / "helper-2") == bot_digest(find_version("helper@2").directory)
     look_over(page, "models", faults)
 
 
@@ -243,6 +248,10 @@ def test_bots_are_measured(visit: "Callable[..., Page]", folder: Path, faults: F
     low, high = (report["reports"][0]["intervals"]["chrf"][end] for end in ("low", "high"))
     assert low < report["reports"][0]["metrics"]["chrf"] < high
     assert any(row.startswith("chrf") and f"[{low:.3g}, {high:.3g}]" in row for row in figures)
+    for one, name in zip(report["reports"], ("first", "second"), strict=True):  # where cards and gates read
+        manifest = read_manifest(folder / "bots" / name)
+        assert manifest is not None
+        assert manifest.metrics["held.jsonl[:200]/chrf"]["value"] == one["metrics"]["chrf"]
     look_over(page, "evaluation", faults)
     assert page.locator("td img").count() == 0
     rows = [{"prompt": f"{n}?", "completion": "words " * 40} for n in range(20_000)]
@@ -257,6 +266,81 @@ def test_bots_are_measured(visit: "Callable[..., Page]", folder: Path, faults: F
     again.get_by_role("button", name="Cancel").click(timeout=WAIT)
     see(again, "cancelled")
     assert list((folder / "evaluations").glob("*.json")) == [kept]
+
+
+class Unready:
+    "Keeps back the message in which the browser says that its page is ready."
+
+    def __init__(self, page: "Page", pulled: Callable[[], None]) -> None:
+        self._parts, self._pulled = list[str | bytes](), pulled
+        self.kept = list[str | bytes]()
+        page.route_web_socket("**/ws*", self._begin)
+
+    def _begin(self, browser: Any) -> None:
+        self.server = browser.connect_to_server()
+        browser.on_message(self._sent)
+
+        def received(message: str | bytes) -> None:
+            browser.send(message)
+            if "PULL-DOC-REPLY" in str(message)[:200]:
+                self._pulled()
+
+        self.server.on_message(received)
+
+    def _sent(self, part: str | bytes) -> None:
+        self._parts.append(part)
+        if len(self._parts) == 3:  # header, metadata, content
+            whole, self._parts = self._parts, []
+            if "document_ready" in str(whole[2]):
+                self.kept = whole
+            else:
+                self._send(whole)
+
+    def _send(self, parts: list[str | bytes]) -> None:
+        for part in parts:
+            self.server.send(part)
+
+    def release(self) -> None:
+        self._send(self.kept)
+
+
+def test_nothing_is_lost_before_a_page_is_ready(visit: "Callable[..., Page]", address: str) -> None:
+    "The browser has the document and draws it, and has not said yet that it is ready: what is changed and chosen then is there later."
+    drawn, built, changed = threading.Event(), threading.Event(), threading.Event()
+
+    @register_page("probe", "Probe", "dns", right="admin", order=900)
+    def probe(desk: Desk) -> Any:
+        panel, material = toolkit()
+        field, rows = material.TextInput(label="Field", helper_text="fine"), panel.Column()
+        built.set()
+
+        async def change() -> None:
+            while not drawn.is_set():
+                await asyncio.sleep(0.005)
+            field.param.update(error_state=True, helper_text="an error beside the field")
+            rows.append(html_pane("a row more"))
+            changed.set()
+
+        panel.state.execute(change)
+        return panel.Column(html_pane(heading_html("Probe")), field, rows)
+
+    try:
+        page = visit("data")
+        unready = Unready(page, drawn.set)
+        page.goto(f"{address}?page=probe")
+        page.get_by_role("button", name="Open drawer").click(timeout=WAIT)
+        page.get_by_role("button", name="Runs", exact=True).click()
+        while not unready.kept:
+            page.wait_for_timeout(20)  # lets Playwright hand on messages
+        if built.is_set():
+            changed.wait(60)
+        unready.release()
+        page.get_by_role("heading", level=1, name="Runs").wait_for(timeout=WAIT)
+        page.get_by_role("button", name="Probe", exact=True).click()
+        see(page, "an error beside the field")
+        see(page, "a row more")
+    finally:
+        del dashboard_pages.PAGES["probe"]
 
 
 def test_a_users_key_does_not_work(visit: "Callable[..., Page]", address: str) -> None:

@@ -12,9 +12,9 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .background_jobs import Job, Tell
+from .background_jobs import Tell
 from .dashboard_pages import Desk, guarded, register_page
-from .dashboard_parts import FormView, JobView, beside, placed
+from .dashboard_parts import FormView, JobView, begin_work, beside, placed
 from .dashboard_views import empty_html, facts_html, heading_html, html_pane, notice_html, table_html, toolkit
 from .data_preview import data_files, inspect_data, keep_upload
 from .form_fields import FormField, form_fields, form_values, read_form
@@ -141,9 +141,8 @@ class DataInputs:
         given = {"data.train": [name], "training.method": self.method.value, "model.base": self.bot.value or ""}
         check = read_form({**self.form.values(), **given}, fields)
         wrong = self.form.show_errors(check)
-        other = [f"{key}: {'; '.join(words)}" for key, words in check.errors.items() if key not in self.form.widgets]
         if check.config is None:
-            words = "\n".join([*check.general, *other]) or f"{wrong} of the settings under 'How it is read' cannot be: see beside them."
+            words = self.form.elsewhere(check) or f"{wrong} of the settings under 'How it is read' cannot be: see beside them."
             raise ConfigError(words)
         return placed(check.config, self.desk.folder.root)
 
@@ -183,7 +182,7 @@ class DataPage(DataInputs):
         self.desk.need("work")
         cfg = self.config()
         self.result.object = ""
-        self.job.watch(Job(title, work, cfg, directory=self.desk.folder.root))
+        begin_work(self.job, title, work, cfg)
 
     def show(self, found: Any) -> None:
         "Show what came of it."

@@ -4,11 +4,14 @@
 
 # %% auto #0
 __all__ = ['COMPARED', 'LEAD', 'NOTHING', 'GOING_ON', 'evaluate', 'figures_html', 'comparison_part', 'report_part',
-           'outcome_html', 'kept_in', 'kept_html', 'going_on', 'EvaluationInputs', 'EvaluationPage', 'evaluation_page']
+           'outcome_html', 'kept_in', 'kept_html', 'going_on', 'EvaluationInputs', 'EvaluationAsked', 'EvaluationPage',
+           'evaluation_page']
 
 # %% ../../nbs/app/584_dashboard_evaluation.ipynb #b19eb2e8
 import json
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -18,8 +21,11 @@ from .dashboard_pages import Desk, guarded, register_page
 from .dashboard_parts import JobView, beside
 from .dashboard_views import empty_html, facts_html, heading_html, html_pane, notice_html, table_html, toolkit
 from .data_preview import data_files
+from ..core.config import Config
 from ..core.errors import ConfigError, DataError
 from ..core.recipe import write_atomically
+from ..evaluation.server import is_url
+from ..serving.backends import backend_names
 
 # %% ../../nbs/app/584_dashboard_evaluation.ipynb #96af8a6b
 COMPARED = 2  # bots whose difference is computed
@@ -34,8 +40,10 @@ def evaluate(
     max_rows: int | None,
     max_new_tokens: int | None,
     keep: str,  # JSON file that gets what was measured
+    cfg: Config,  # its sections data and model, and the engine that answers
+    record: bool,  # keep the figures with the bots, where gates read them
 ) -> dict[str, Any]:  # reports, and the comparison where there is one
-    "The work: measure bots and keep it. Raises `DataError`, `ConfigError` and `BotError`."
+    "The work: measure bots and keep it. Raises `DataError`, `ConfigError`, `BotError` and `RequestError`."
     from llmbot.evaluation.compare import compare_bots
     from llmbot.evaluation.evaluate import LIKELIHOOD, evaluate_bot
     from llmbot.monitoring.text_metrics import get_metric
@@ -47,13 +55,14 @@ def evaluate(
     def part(number: int) -> Tell:
         return lambda done, rows: tell(min(number * rows + done, parts * rows - 1), parts * rows)
 
+    asked: dict[str, Any] = {"config": cfg.data, "model": cfg.model, "backend": cfg.serving.backend, "engine": cfg.engine,
+                             "max_rows": max_rows, "max_new_tokens": max_new_tokens}  # fmt: skip
     for number, bot in enumerate(bots):
-        reports.append(evaluate_bot(bot, data, metrics, group_by=group_by, max_rows=max_rows, max_new_tokens=max_new_tokens,
-                                    progress=part(number)).to_dict())  # fmt: skip
-    found: dict[str, Any] = {"made": datetime.now().isoformat(" ", "seconds"), "bots": list(bots), "data": data, "reports": reports}
+        reports.append(evaluate_bot(bot, data, metrics, **asked, group_by=group_by, progress=part(number), record=record).to_dict())
+    found: dict[str, Any] = {"made": datetime.now().isoformat(" ", "seconds"), "bots": list(bots), "data": data,
+                             "backend": cfg.serving.backend, "reports": reports}  # fmt: skip
     if both:
-        found["comparison"] = compare_bots(bots[0], bots[1], data, comparable, max_rows=max_rows, max_new_tokens=max_new_tokens,
-                                           progress=part(len(bots))).to_dict()  # fmt: skip
+        found["comparison"] = compare_bots(bots[0], bots[1], data, comparable, **asked, progress=part(len(bots))).to_dict()
     write_atomically(Path(keep), json.dumps(found, ensure_ascii=False, indent=1))
     return found
 
@@ -94,6 +103,7 @@ def report_part(report: Mapping[str, Any]) -> str:
         parts.append(table_html(f"{name}: rows left out", ["rows", "why", "first"], lost))
     if report["unfinished"]:
         parts.append(notice_html(f"{report['unfinished']} answers of {name} did not end by themselves.", "warning"))
+    parts += [notice_html(f"{name}: {note}") for note in report.get("notes", ())]
     answers = [[e["prompt"], e["reference"], e["answer"], e["correct"]] for e in report["examples"]]
     said = table_html(f"Answers of {name}", ["prompt", "reference", "answer", "right"], answers, "No answers were asked for.")
     return "".join([*parts, said])
@@ -102,7 +112,7 @@ def report_part(report: Mapping[str, Any]) -> str:
 def outcome_html(found: Mapping[str, Any]) -> str:
     "All of an evaluation."
     reports = found["reports"]
-    facts = facts_html([("data", found["data"]), ("rows", reports[0]["rows"]), ("made", found["made"]),
+    facts = facts_html([("data", found["data"]), ("rows", reports[0]["rows"]), ("made", found["made"]), ("engine", found.get("backend")),
                         ("seconds", round(sum(report["seconds"] for report in reports), 1))])  # fmt: skip
     compared = comparison_part(found["comparison"]) if "comparison" in found else ""
     return facts + figures_html(reports) + compared + "".join(map(report_part, reports))
@@ -152,6 +162,11 @@ class EvaluationInputs:
         self.group = material.TextInput(label="Figures for each value of the column", helper_text="Empty: all rows together", **wide)
         self.rows = material.IntInput(label="Rows at most", value=200, start=1, **wide)
         self.tokens = material.IntInput(label="Longest answer, tokens", value=None, start=1, **wide)
+        own = desk.place.live.current.serving.backend
+        self.backend = material.Select(label="Engine that answers", options=sorted({own, *backend_names()}), value=own, **wide)
+        self.others = material.TextInput(label="Other bots", helper_text="Paths, hf:OWNER/NAME, or a server: http://HOST/v1#MODEL; "
+                                         "with commas between them", **wide)  # fmt: skip
+        self.record = material.Checkbox(label="Keep the figures with the bots, where gates read them", value=True)
         self.earlier = material.Select(label="Earlier evaluations", **wide)
 
     def find(self) -> None:
@@ -164,22 +179,34 @@ class EvaluationInputs:
         self.earlier.param.update(options=list(kept), value=self.earlier.value if self.earlier.value in kept else next(iter(kept), None),
                                   visible=bool(kept))  # fmt: skip
 
+# %% ../../nbs/app/584_dashboard_evaluation.ipynb #ba9eed6b
+class EvaluationAsked(EvaluationInputs):
+    "What is asked for."
+
+    def settings(self, bots: Sequence[str]) -> Config:
+        "The dashboard's own, with the engine that was chosen; the section `engine` is that of another where another answers."
+        own, backend = self.desk.place.live.current, self.backend.value
+        asked = "remote" if any(map(is_url, bots)) else backend
+        engine = own.engine if asked == own.serving.backend else {}
+        return replace(own, serving=replace(own.serving, backend=backend), engine=engine)
+
     def asked(self) -> tuple[Any, ...]:
         "What `evaluate` takes. Raises `ConfigError` and `DataError`."
         data = self.path.value.strip() or self.file.value
-        if not self.bots.value:
+        bots = [*self.bots.value, *(name.strip() for name in self.others.value.split(",") if name.strip())]
+        if not bots:
             raise ConfigError("There is nothing to measure: choose one or more bots.")
         if not data:
             raise DataError("There is nothing to measure on: choose held-out rows, or give a path.")
         if not self.metrics.value:
             raise ConfigError("There is nothing to compute: choose a metric.")
-        names = "-".join(Path(bot).name.replace("@", "-") for bot in self.bots.value)[:60]
+        names = re.sub(r"[^\w.-]+", "-", "-".join(Path(bot).name for bot in bots))[:60]
         keep = self.folder / f"{datetime.now():%Y-%m-%d-%H%M%S}-{names}.json"
-        return (list(self.bots.value), data, list(self.metrics.value), self.group.value.strip() or None, self.rows.value, self.tokens.value,
-                str(keep.resolve()))  # fmt: skip
+        return (bots, data, list(self.metrics.value), self.group.value.strip() or None, self.rows.value, self.tokens.value,
+                str(keep.resolve()), self.settings(bots), bool(self.record.value))  # fmt: skip
 
 # %% ../../nbs/app/584_dashboard_evaluation.ipynb #808f09c1
-class EvaluationPage(EvaluationInputs):
+class EvaluationPage(EvaluationAsked):
     "The page."
 
     def __init__(self, desk: Desk) -> None:
@@ -187,7 +214,7 @@ class EvaluationPage(EvaluationInputs):
         panel, material = toolkit()
         self.result, self.job = html_pane(NOTHING), JobView(desk, self.done, keep=True)
         self.start = material.Button(label="Evaluate", icon="fact_check", on_click=guarded(desk, self.begin))
-        more = beside(self.group, self.rows, self.tokens)
+        more = panel.Column(beside(self.group, self.rows, self.tokens, self.backend, self.others), self.record, sizing_mode="stretch_width")
         self.view = panel.Column(html_pane(heading_html("Evaluation", LEAD)), beside(self.bots, self.metrics, self.file, self.path),
                                  material.Card(more, title="More", collapsed=True, sizing_mode="stretch_width"), self.start, self.job.view,
                                  self.earlier, self.result, sizing_mode="stretch_width")  # fmt: skip

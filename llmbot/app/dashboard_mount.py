@@ -84,6 +84,7 @@ def beside_api(
         async def lifespan(one: FastAPI) -> AsyncIterator[Any]:
             async with inner(one) as state, app.router.lifespan_context(app):
                 yield state
+                await place.stop(place.live.current.serving.drain_s)  # while conversations can still be kept
 
         api.router.lifespan_context = lifespan
 

@@ -9,6 +9,7 @@ __all__ = ['USUAL', 'FRESH', 'KINDS', 'NEW', 'LEAD', 'NOTHING', 'usual_keys', 'f
 
 # %% ../../nbs/app/585_dashboard_train.ipynb #57c38e22
 import asyncio
+import functools
 import tempfile
 from collections.abc import Callable, Mapping
 from datetime import timedelta
@@ -16,10 +17,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from .background_jobs import Job, Tell
+from .background_jobs import Tell
 from .dashboard_data import look, report_html
 from .dashboard_pages import Desk, guarded, register_page
-from .dashboard_parts import CurvesView, FormView, JobView, Pulse, placed
+from .dashboard_parts import CurvesView, FormView, JobView, Pulse, action_button, begin_work, placed
 from .dashboard_views import empty_html, facts_html, heading_html, html_pane, notice_html, toolkit
 from .data_preview import data_files
 from .form_fields import FormField, form_fields, form_values, read_form, recipe_text
@@ -98,8 +99,7 @@ class RecipeChecks:
         fields = [*self.form.fields, *(field for field in form_fields(self.method.value) if field.key == "training.method")]
         check = read_form({**self.form.values(), "training.method": self.method.value}, fields, self.start, job)
         self.form.show_errors(check)
-        other = [f"{key}: {'; '.join(words)}" for key, words in check.errors.items() if key not in self.form.widgets]
-        words = "\n".join([*check.general, *other])
+        words = self.form.elsewhere(check)
         self.general.object = notice_html(words, "error") if words else ""
         return check
 
@@ -245,9 +245,7 @@ class LiveView(LiveQuestions):
         self.prompt = material.TextInput(label="Ask the model as it is now", sizing_mode="stretch_width")
         self.pulse = Pulse(desk, self.refresh, FRESH)
 
-        def button(label: str, do: Any, icon: str, variant: str = "outlined") -> Any:
-            return material.Button(label=label, icon=icon, variant=variant, on_click=guarded(desk, do))
-
+        button = functools.partial(action_button, desk)
         self.steer = panel.FlexBox(button("Pause", self.pause, "pause"), button("Go on", self.go_on, "play_arrow"),
                                    button("Stop", self.stop, "stop", "contained"), button("Finish now", self.finish, "flag"))  # fmt: skip
         rate = panel.FlexBox(self.rate, button("Set the rate", self.set_rate, "speed"))
@@ -320,7 +318,7 @@ class TrainWork:
         self.desk.need("work")
         cfg = self.editor.recipe()
         self.result.object = ""
-        self.job.watch(Job(title, work, cfg, directory=self.desk.folder.root))
+        begin_work(self.job, title, work, cfg)
 
     def inspect(self, *events: Any) -> None:
         "Look at the data that the recipe names."
@@ -376,9 +374,7 @@ class TrainPage(TrainRuns):
         self.editor, self.live = RecipeEditor(desk), LiveView(desk)
         self.result, self.job = html_pane(NOTHING), JobView(desk, self.done)
 
-        def button(label: str, do: Any, icon: str, variant: str = "outlined") -> Any:
-            return material.Button(label=label, icon=icon, variant=variant, on_click=guarded(desk, do))
-
+        button = functools.partial(action_button, desk)
         self.actions = panel.FlexBox(button("Start", self.start, "play_arrow", "contained"), button("Check", self.check, "rule"),
                                      button("Look at the data", self.inspect, "dataset"), button("Plan", self.plan, "calculate"))
         self.making = panel.Column(self.editor.view, self.actions, self.job.view, self.result, sizing_mode="stretch_width")

@@ -326,6 +326,7 @@ class InFlight:
 
     def __init__(self) -> None:
         self._leashes: dict[str, Leash] = {}
+        self.about: dict[str, Any] = {}  # what is known of each, from whoever serves it
         self.users = Users()
         self.closed: RequestError | None = None  # set when no more are taken
 
@@ -348,6 +349,7 @@ class InFlight:
                 yield name, leash
         finally:
             del self._leashes[name]
+            self.about.pop(name, None)
 
     def cancel(self, request_id: str) -> bool:
         "End one request; False when there is none of that name."

@@ -251,7 +251,8 @@ def new_visit(
     meter = Meter(bot.stats, server.total, series=series, request_id=request_id, texts=texts)
     telemetry = server.watch.telemetry
     span = telemetry.begin(operation) if telemetry is not None else None
-    return Visit(bot, leash, key, meter, prompt if texts else None, span)
+    server.in_flight.about[request_id] = visit = Visit(bot, leash, key, meter, prompt if texts else None, span)
+    return visit
 
 # %% ../../nbs/serving/356_model_server.ipynb #c12f53ae
 def server_stats(server: Serving) -> dict[str, Any]:
