@@ -98,13 +98,28 @@ def alone(folder: Path) -> Iterator[tuple[str, Workplace]]:
 
 
 @pytest.fixture
-def context(browser: "Browser", network_log: Record) -> "Iterator[BrowserContext]":
-    "A browser of its own for each test, whose requests may not leave this machine, and whose pages may not fail."
-    made = browser.new_context(viewport={"width": 1100, "height": 850})
-    made.set_default_timeout(60_000)
-    network_log(made)
-    yield made
-    made.close()
+def another(browser: "Browser", network_log: Record) -> "Iterator[Callable[[], BrowserContext]]":
+    "Browsers of their own for each test, whose requests may not leave this machine, and whose pages may not fail."
+    opened: list[BrowserContext] = []
+    faults: list[str] = []
+
+    def new() -> "BrowserContext":
+        opened.append(browser.new_context(viewport={"width": 1100, "height": 850}))
+        opened[-1].set_default_timeout(60_000)
+        opened[-1].on("weberror", lambda fault: faults.append(f"{fault.page.url if fault.page else ''}: {fault.error}"))
+        network_log(opened[-1])
+        return opened[-1]
+
+    yield new
+    for made in opened:
+        made.close()
+    assert faults == [], "a script of a page failed"
+
+
+@pytest.fixture
+def context(another: "Callable[[], BrowserContext]") -> "BrowserContext":
+    "One of them."
+    return another()
 
 
 def enter(context: "BrowserContext", url: str, key: str = "", page: str = "chat") -> "Page":
@@ -112,7 +127,6 @@ def enter(context: "BrowserContext", url: str, key: str = "", page: str = "chat"
     if key:
         assert context.request.post(f"{url}/sign-in", form={"key": key}, max_redirects=0).status == 303
     shown = context.new_page()
-    shown.on("pageerror", lambda error: pytest.fail(f"a script of the page failed: {error}"))
     shown.goto(f"{url}?page={page}")
     shown.get_by_role("heading", name=page.partition("&")[0].title(), exact=True).wait_for()
     return shown
@@ -219,11 +233,9 @@ def test_settings_come_from_the_address_and_go_into_one(team: str, context: "Bro
     expect(page.get_by_label("YAML")).to_have_value("model: bob\nsystem: Be brief.\nmax_new_tokens: 3\n")
 
 
-def test_two_browsers_keep_separate_chats(team: str, browser: "Browser", context: "BrowserContext", network_log: Record) -> None:
+def test_two_browsers_keep_separate_chats(team: str, another: "Callable[[], BrowserContext]", context: "BrowserContext") -> None:
     "At the same time, with different keys: neither sees the other's words, on the page or in the list."
-    other = browser.new_context()
-    network_log(other)
-    ann, bob = enter(context, f"{team}/ui", USER), enter(other, f"{team}/ui", ADMIN)
+    ann, bob = enter(context, f"{team}/ui", USER), enter(another(), f"{team}/ui", ADMIN)
     for page, word in ((ann, "apples"), (bob, "pears")):
         send(page, f"Tell me of {word}")
     for page, mine, theirs in ((ann, "apples", "pears"), (bob, "pears", "apples")):
@@ -234,7 +246,6 @@ def test_two_browsers_keep_separate_chats(team: str, browser: "Browser", context
         words = json.dumps(kept(team, key))
         assert mine in words
         assert theirs not in words
-    other.close()
 
 
 def test_an_answer_streams_and_stops(alone: tuple[str, Workplace], context: "BrowserContext") -> None:
@@ -268,11 +279,12 @@ def test_an_answer_streams_and_stops(alone: tuple[str, Workplace], context: "Bro
     assert [m["content"].count("word") for m in messages if m.get("stopped")] == [said]
 
 
-def test_an_answer_outlives_its_reader(alone: tuple[str, Workplace], browser: "Browser", context: "BrowserContext") -> None:
+def test_an_answer_outlives_its_reader(alone: tuple[str, Workplace], another: "Callable[[], BrowserContext]",
+                                       context: "BrowserContext") -> None:  # fmt: skip
     "The browser is closed in the middle of an answer; it is written to its end, and found again."
     url, place = alone
     GatedBackend.gate.clear()
-    reader = browser.new_context()
+    reader = another()
     page = enter(reader, url)
     send(page, "Will you go on without me?")
     page.get_by_text("The bot is answering.").wait_for()
@@ -408,16 +420,16 @@ def test_server_page(team: str, context: "BrowserContext") -> None:
         assert httpx.get(f"{team}/stats", headers=user).json()["models"]["bob"]["state"] == state
 
 
-def test_requests_are_seen_and_ended(alone: tuple[str, Workplace], team: str, browser: "Browser", context: "BrowserContext") -> None:
+def test_requests_are_seen_and_ended(alone: tuple[str, Workplace], team: str, another: "Callable[[], BrowserContext]",
+                                     context: "BrowserContext") -> None:  # fmt: skip
     "An administrator sees a request while it runs, without its text, and ends it; whoever waits for it is told. Others cannot."
     url, _ = alone
-    visitor = browser.new_context()
     GatedBackend.gate.clear()
-    asking = enter(visitor, url)
+    asking = enter(another(), url)
     send(asking, "A secret of mine")
     asking.get_by_text("The bot is answering.").wait_for()
     page = enter(context, url, ADMIN, "server")
-    row = page.get_by_role("row").filter(has_text="local")
+    row = page.locator("tr[data-id]")
     row.filter(has_text="running").wait_for()
     assert row.locator("td").all_inner_texts()[1:4] == ["alice", "local", "running"]
     assert page.get_by_text("secret").count() == 0
@@ -425,18 +437,17 @@ def test_requests_are_seen_and_ended(alone: tuple[str, Workplace], team: str, br
     asking.get_by_text("cancelled").or_(asking.get_by_text("The answer was stopped.")).first.wait_for()
     row.wait_for(state="detached")
     GatedBackend.gate.set()
-    visitor.close()
     user = {"Authorization": f"Bearer {USER}"}
     assert [httpx.request(how, f"{team}/admin/requests{id}", headers=user).status_code
             for how, id in (("GET", ""), ("DELETE", "/mine"))] == [403, 403]
 
 
-def test_nothing_is_left_of_a_visitor_who_has_gone(alone: tuple[str, Workplace], browser: "Browser") -> None:
+def test_nothing_is_left_of_a_visitor_who_has_gone(alone: tuple[str, Workplace], another: "Callable[[], BrowserContext]") -> None:
     "bokeh-fastapi alone keeps the connections of closed browsers; the door takes them off."
     gc = __import__("gc")
     from bokeh_fastapi import BokehFastAPI
 
-    visit = browser.new_context()
+    visit = another()
     enter(visit, alone[0])
     apps = [found for found in gc.get_objects() if isinstance(found, BokehFastAPI)]
     assert sum(len(app._clients) for app in apps) >= 1

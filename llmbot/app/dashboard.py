@@ -20,11 +20,18 @@ from .dashboard_views import html_pane, notice_html, toolkit
 NARROW = 600  # CSS pixels below which the menu is closed
 NO_BAR = {"& .MuiLinearProgress-root": {"display": "none"}}  # Panel's sign of work has no name for a screen reader; pages say what goes on
 TELL_WIDTH = """
-export function render({model}) {
+export function render({model, view}) {
   const tell = () => { model.width_now = window.innerWidth }
   window.addEventListener("resize", tell)
   document.documentElement.lang = "en"
   tell()
+  const shown = view.model.document
+  let due = false
+  shown.on_change(() => {
+    if (due || !shown._new_models.size) return
+    due = true
+    setTimeout(() => { due = false; model.arrived += 1 }, 0)
+  })
 }
 """
 
@@ -39,6 +46,7 @@ def meter_class() -> Any:
         "Reports the width of the window."
 
         width_now = param.Integer(default=0)
+        arrived = param.Integer(default=0, doc="how often something new has come to the page")
         _esm = TELL_WIDTH
 
     return WidthMeter
