@@ -5,6 +5,7 @@ import json
 import os
 import threading
 from collections.abc import Callable, Iterator
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ import pytest
 from tiny_bots import make_bot
 
 from llmbot.app import dashboard_pages
+from llmbot.app.background_jobs import job_context
 from llmbot.app.dashboard_mount import running_dashboard
 from llmbot.app.dashboard_pages import Desk, register_page
 from llmbot.app.dashboard_views import heading_html, html_pane, toolkit
@@ -35,6 +37,8 @@ SCRIPT = "<img src=x onerror=\"document.title='run'\">"
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     "A workspace: two tiny bots, held-out rows, and a finished run that learned faster than the one to come."
+    job_context()
+    forkserver.ensure_running()  # which imports for a long time what jobs need; the tests begin meanwhile
     folder = tmp_path_factory.mktemp("work")
     for name, seed in (("first", 1), ("second", 2)):
         make_bot(folder / "bots", name, seed=seed)
