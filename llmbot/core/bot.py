@@ -226,6 +226,8 @@ def _umask() -> int:
 # %% ../../nbs/core/012_bot.ipynb #e31ce2ce
 def _lock(directory: Path) -> int | None:  # an open file that holds the lock; None: another process has it, or there are no locks here
     "Lock a directory until the file is closed, or this process ends."
+    if os.name != "posix":
+        return None
     import fcntl
 
     handle = os.open(directory, os.O_RDONLY)

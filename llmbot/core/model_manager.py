@@ -26,6 +26,7 @@ from .bot import read_manifest, resolve_reference, write_manifest
 from .chat import ChatFormat
 from .errors import BotError
 from .exports import refuse_export, same_bots
+from .model_card import shown
 
 if TYPE_CHECKING:
     import torch
@@ -272,7 +273,7 @@ def bot_html(
     facts |= {"adapter on": base.name} if base is not None else {}
     if manifest is not None:
         facts |= {"method": manifest.method, "parent": manifest.parent or "", "seed": manifest.seed}
-        facts |= {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in manifest.metrics.items()}
+        facts |= {k: shown(v) if not isinstance(v, dict) or "value" in v else v for k, v in manifest.metrics.items()}
     return "<table>" + "".join(f"<tr><td>{escape(str(k))}</td><td>{escape(str(v))}</td></tr>" for k, v in facts.items()) + "</table>"
 
 # %% ../../nbs/core/040_model_manager.ipynb #bfba54ed
