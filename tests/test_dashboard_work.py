@@ -37,8 +37,6 @@ SCRIPT = "<img src=x onerror=\"document.title='run'\">"
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     "A workspace: two tiny bots, held-out rows, and a finished run that learned faster than the one to come."
-    job_context()
-    forkserver.ensure_running()  # which imports for a long time what jobs need; the tests begin meanwhile
     folder = tmp_path_factory.mktemp("work")
     for name, seed in (("first", 1), ("second", 2)):
         make_bot(folder / "bots", name, seed=seed)
@@ -64,6 +62,8 @@ def address(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
                           folder) as (url, _),
     ):  # fmt: skip
         patch.setenv("LLMBOT_REGISTRY", str(folder / "registry"))
+        job_context()
+        forkserver.ensure_running()  # which imports for a long time what jobs need, with the registry above; the tests begin meanwhile
         yield url
 
 
