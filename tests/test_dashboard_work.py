@@ -233,6 +233,64 @@ def test_models_move(visit: "Callable[..., Page]", folder: Path, faults: Faults)
     look_over(page, "models", faults)
 
 
+def test_votes_train_a_bot_that_is_promoted(visit: "Callable[..., Page]", address: str, folder: Path) -> None:
+    "Two bots are opened and compared; the votes are the data of a DPO run; what comes of it is registered, promoted and asked."
+    page = visit("chat")
+    for name in ("first", "second"):
+        fill(page, {"Open a bot": str(folder / "bots" / name)})
+        page.get_by_role("button", name="Open", exact=True).click()
+        see(page, f"{name} is open.")
+    choose(page, "Bot", "first")
+    choose(page, "Beside it", "second")
+    page.get_by_role("button", name="System prompt and sampling").click()
+    fill(page, {"Longest answer, in tokens": "4"})
+    message = page.get_by_role("textbox", name="Message (Enter")
+    for number in (1, 2):
+        page.get_by_role("button", name="Send").and_(page.locator(":enabled")).wait_for(timeout=WAIT)
+        message.fill(f"What is {number}?")
+        message.press("Enter")
+        page.get_by_role("button", name="The left is better").click(timeout=WAIT)
+        see(page, "Your vote is kept for DPO.")
+    votes = [json.loads(line) for line in (folder / "votes.jsonl").read_text().splitlines()]
+    assert [row["prompt"][-1]["content"] for row in votes] == ["What is 1?", "What is 2?"]
+
+    show(page, address, "train")
+    choose(page, "Run", "A new run")
+    choose(page, "Method", "dpo")
+    page.get_by_label("method.beta", exact=True).first.wait_for(timeout=WAIT)  # the fields of the method are there
+    fill(page, {"model.base": "bots/first", "data.train": "votes.jsonl", "training.max_steps": "2", "training.output_dir": "bots/better",
+                "data.validation_split": "0", "data.max_seq_length": "128"})  # fmt: skip
+    page.get_by_role("button", name="Start", exact=True).click()
+    see(page, "bots/better: ")
+    run = LiveRun(folder / "bots" / "better.run")
+    assert run.wait(120).state == "finished", run.status().message
+    see(page, "bots/better: finished")
+    margins = [entry["rewards/margins"] for entry in run.history() if "rewards/margins" in entry]
+    see(page, f"{margins[-1]:.3g}")  # beside the loss
+    manifest = read_manifest(folder / "bots" / "better")
+    assert manifest is not None
+    assert manifest.method == "dpo"
+
+    show(page, address, "models")
+    choose(page, "Bot of the folder", "better")
+    fill(page, {"Register under the name": "better", "Note": "two votes"})
+    page.get_by_role("button", name="Register", exact=True).click()
+    see(page, "better@1 is registered")
+    choose(page, "Bot", "better")
+    page.get_by_role("button", name="Promote").click()
+    see(page, "better@production is better@1.")
+    assert read_aliases(registry_directory(), "better")["aliases"] == {"production": 1}
+    show(page, address, "chat")
+    fill(page, {"Open a bot": "better@production"})
+    page.get_by_role("button", name="Open", exact=True).click()
+    see(page, "is open.")
+    page.get_by_role("button", name="Send").and_(page.locator(":enabled")).wait_for(timeout=WAIT)
+    message.fill("And now?")
+    message.press("Enter")
+    see(page, "The answer is complete.")
+    assert page.get_by_role("article", name="Bot").count() == 1
+
+
 def test_bots_are_measured(visit: "Callable[..., Page]", folder: Path, faults: Faults) -> None:
     "Two bots on the same rows, with intervals; a second evaluation goes on when the page is left, is found, and is cancelled."
     page = visit("evaluation")
