@@ -19,7 +19,7 @@ from llmbot.app.dashboard_pages import Desk, register_page
 from llmbot.app.dashboard_views import heading_html, html_pane, toolkit
 from llmbot.app.live_run import LiveRun
 from llmbot.app.run_records import find_runs
-from llmbot.core.bot import bot_digest, read_manifest
+from llmbot.core.bot import bot_digest, is_adapter, read_manifest
 from llmbot.core.config import Config, ServingConfig
 from llmbot.core.registry_layout import find_version, read_aliases, registry_directory
 
@@ -269,7 +269,7 @@ def test_votes_train_a_bot_that_is_promoted(visit: "Callable[..., Page]", addres
     see(page, f"{margins[-1]:.3g}")  # beside the loss
     manifest = read_manifest(folder / "bots" / "better")
     assert manifest is not None
-    assert manifest.method == "dpo"
+    assert (manifest.method, is_adapter(folder / "bots" / "better")) == ("dpo", False)  # the form's "method.adapter" was off
 
     show(page, address, "models")
     choose(page, "Bot of the folder", "better")

@@ -132,9 +132,11 @@ def form_values(
     cfg: Config,  # a recipe
     fields: Sequence[FormField],  # of a form
 ) -> dict[str, Any]:  # dotted key -> value
-    "What a form shows for a recipe."
+    "What a form shows for a recipe; a method's own settings may stand in it as text, also truth values."
     tree = to_dict(cfg, show_secrets=True)
-    return {f.key: tree[f.section].get(f.name, f.default) for f in fields}
+    found = {f.key: tree[f.section].get(f.name, f.default) for f in fields}
+    truths = [f.key for f in fields if f.type == "boolean" and isinstance(found[f.key], str)]
+    return found | {key: found[key].strip().lower() in ("true", "yes", "on", "1", "t", "y") for key in truths}
 
 # %% ../../nbs/app/543_form_fields.ipynb #68d7a0fe
 @dataclass(frozen=True)
