@@ -73,7 +73,7 @@ def remove_after(
     "Remove the metrics of later steps. Raises what SQLAlchemy raises."
     from mlflow.store.tracking.dbmodels.models import SqlLatestMetric, SqlMetric
 
-    with store.ManagedSessionMaker() as session:
+    with store.ManagedSessionMaker(read_only=False) as session:
         late = session.query(SqlMetric).filter(SqlMetric.run_uuid == run_id, SqlMetric.step > step)
         keys = [key for (key,) in late.with_entities(SqlMetric.key).distinct()]
         late.delete(synchronize_session=False)
