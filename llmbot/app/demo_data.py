@@ -147,7 +147,7 @@ TALK = {
     "Hello! I am Pico. Ask me to add, to spell, or for a fact.": ("Hello", "Hi", "Hello!", "Hi there", "Good morning", "Hey"),
     "I am Pico, a small chatbot that was trained on this machine.": (
         "Who are you?", "What are you?", "What is your name?", "Tell me about yourself.", "Your name?"),
-    "I can add numbers below 100, spell words in CAPITALS, and tell you a few facts.": (
+    "I can add, spell in CAPITALS, and tell facts.": (
         "What can you do?", "Help", "What do you know?", "How can you help me?", "What should I ask?"),
     "You did, with llmbot.": ("Who made you?", "Who trained you?", "Who is your maker?"),
     "No, I am a small chatbot.": ("Are you a human?", "Are you a person?", "Are you real?", "Are you alive?"),
@@ -222,8 +222,9 @@ class DemoData:
 
     train: list[Row]  # sums, spelling, facts and small talk, plain
     subtraction: list[Row]  # the new skill and the replay, in both styles
-    preferences: list[Row]  # with the plain answer; `friendly` makes the preferred one
+    preferences: list[Row]  # with the plain answer; `friendly` makes the preferred one, but for small talk
     heldout: list[Row]  # of the four measured skills, plain
+    talk: list[Row]  # small talk as it is taught, each question once; measured too, to see whether a later stage forgets it
 
 
 def demo_rows(
@@ -234,12 +235,13 @@ def demo_rows(
     first = [sum_rows(rng), spelling_rows(rng), fact_rows(rng)]
     new, new_held = subtraction_rows(rng)
     plain = [r for rows, _ in first for r in rows]
-    train = plain + talk_rows()
-    subtraction = in_both_styles(new + rng.sample(train, REPLAY), rng)
-    preferences = rng.sample(plain + new, PAIRS)
+    talk = list(dict.fromkeys(talk_rows()))
+    train = plain + talk
+    subtraction = in_both_styles(new + rng.sample(plain, REPLAY), rng) + talk
+    preferences = rng.sample(plain + new, PAIRS) + talk
     for rows in (train, subtraction, preferences):
         random.Random(seed).shuffle(rows)
-    return DemoData(train, subtraction, preferences, [r for _, held in first for r in held] + new_held)
+    return DemoData(train, subtraction, preferences, [r for _, held in first for r in held] + new_held, talk)
 
 # %% ../../nbs/app/500_demo_data.ipynb #69511d9c
 def as_messages(rows: list[Row]) -> Iterator[dict[str, Any]]:
@@ -249,15 +251,15 @@ def as_messages(rows: list[Row]) -> Iterator[dict[str, Any]]:
 
 
 def as_preferences(rows: list[Row]) -> Iterator[dict[str, Any]]:
-    "Rows as pairs: the friendly answer is chosen, the plain one rejected."
+    "Rows as pairs: the friendly answer is chosen, the plain one rejected; for small talk the other way round."
     for skill, question, answer in rows:
-        said = {"chosen": friendly(answer), "rejected": answer}
-        sides = {name: [{"role": "assistant", "content": text}] for name, text in said.items()}
+        said = (answer, friendly(answer)) if skill == "talk" else (friendly(answer), answer)
+        sides = {name: [{"role": "assistant", "content": text}] for name, text in zip(("chosen", "rejected"), said, strict=True)}
         yield {"skill": skill, "prompt": [{"role": "user", "content": question}], **sides}
 
 
 def write_demo_data(
-    directory: str | Path,  # gets train.jsonl, subtraction.jsonl, preferences.jsonl and heldout.jsonl
+    directory: str | Path,  # gets train.jsonl, subtraction.jsonl, preferences.jsonl, heldout.jsonl and talk.jsonl
     seed: int = 42,  # decides everything
 ) -> dict[str, Path]:  # name without suffix -> file
     "Write the demo data of all stages as JSON lines."
@@ -268,6 +270,7 @@ def write_demo_data(
         "subtraction": as_messages(data.subtraction),
         "preferences": as_preferences(data.preferences),
         "heldout": as_messages(data.heldout),
+        "talk": as_messages(data.talk),
     }
     for name, rows in tables.items():
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

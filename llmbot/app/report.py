@@ -110,7 +110,8 @@ def ladder_page(
     asked = [(question, *(rung.answers[question] for rung in rungs)) for question in rungs[0].answers]
     sections = {
         "What each stage gave, and what it cost": "<p>The share of held-out prompts that are answered correctly. Each prompt is new "
-        "to all bots; an answer is correct when it is exactly the expected one, but for a friendly ending.</p>"
+        "to all bots, but for a row that is named as taught; an answer is correct when it is exactly the expected one, but for a friendly "
+        "ending.</p>"
         + html_table(*ladder_cells(rungs, "correct")),
         "The style": "<p>The share of the same prompts that are answered with a friendly ending.</p>"
         + html_table(*ladder_cells(rungs, "friendly")),
