@@ -157,7 +157,8 @@ class Passes(Admission):
         self.switch.use(tasks[0].request.adapter)
         ids = [task.ids[task.computed : task.computed + new] for task in tasks]
         rows = Rows.of(ids, [task.computed for task in tasks], [task.table.blocks for task in tasks], model.device)
-        inputs = paged_inputs(model, self.cache, rows)
+        going_on = tasks[0].computed >= tasks[0].prompt
+        inputs = paged_inputs(model, self.cache, rows, [task.table for task in tasks] if going_on else ())
         if tasks[0].embed:
             found: torch.Tensor = getattr(model, model.base_model_prefix)(**inputs).last_hidden_state
         else:
@@ -239,7 +240,8 @@ class Batcher(Prefill):
             ready = [task for task in self.running if task.computed >= task.prompt]
             drawn: list[tuple[Task, torch.Tensor]] = []
             for adapter in dict.fromkeys(task.request.adapter for task in ready):
-                drawn += self.attempt([task for task in ready if task.request.adapter == adapter], 1, 1)
+                mine = [task for task in ready if task.request.adapter == adapter]
+                drawn += self.attempt([mine[k] for k in self.cache.lanes.arrange([task.table for task in mine])], 1, 1)
             self._draw(drawn + self._prefill())
         return self.results
 

@@ -17,6 +17,7 @@ from typing import ClassVar, Literal, TypeVar
 from ..core.config_io import LiveConfig
 from .admission import RETRY_BOUNDS, Leash, Users
 from .backends import Backend, EngineDeadError, create_backend
+from .own_thread import in_own_thread
 from .sampling_params import RequestError
 
 # %% ../../nbs/serving/353_engine.ipynb #34f4c29c
@@ -130,7 +131,7 @@ async def start_engine(engine: Engine) -> None:
     loop = asyncio.get_running_loop()
     cfg, began, backend = engine.live.current, loop.time(), None
     try:
-        backend = create_backend(cfg.serving.backend, engine.reference, cfg)
+        backend = await in_own_thread(lambda: create_backend(cfg.serving.backend, engine.reference, cfg))
         await backend.start()
     except BaseException:
         engine.state = "restarting" if again else "unloaded"

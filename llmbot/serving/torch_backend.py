@@ -6,7 +6,6 @@
 __all__ = ['new_runner', 'TorchEngine', 'TorchAnswers', 'TorchBackend']
 
 # %% ../../nbs/serving/330_torch_backend.ipynb #d1fc994a
-import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import fields
 
@@ -20,8 +19,10 @@ from .batcher import Batcher, Task
 from .decoding import new_sampler
 from .engine_settings import TorchSettings
 from .kv_blocks import BLOCK, SharedBlocks
+from .own_thread import in_own_thread
 from .paged_cache import PagedCache, cache_shape, check_paging, default_kv_tokens, share_heads, unpageable
 from .sampling_params import Chunk, GenerationRequest, SamplingParams
+from .weight_layout import turn_weights
 
 # %% ../../nbs/serving/330_torch_backend.ipynb #f5520959
 def new_runner(
@@ -33,10 +34,11 @@ def new_runner(
     if not settings.batching:
         return SoloRunner(bot.model)
     share_heads(bot.model)
+    turn_weights(bot.model)
     switch = AdapterSwitch(bot)
     shape = cache_shape(switch.model)
     tokens = settings.kv_cache_tokens or default_kv_tokens(shape, context_length(bot.config), answers)
-    check_paging(switch.model, PagedCache(shape, 2))
+    check_paging(switch.model, PagedCache(shape, 4))
     blocks = max(tokens // BLOCK, 1)
     batcher = Batcher(SharedBlocks(blocks, settings.prefix_cache), PagedCache(shape, blocks), new_sampler(switch.model, bot.chat), switch)
     batcher.prefill_chunk = settings.prefill_chunk
@@ -68,7 +70,7 @@ class TorchEngine(OnWorker):
         return Capabilities(frozenset(f.name for f in fields(SamplingParams)) - {"prompt_logprobs"})
 
     async def start(self) -> None:
-        self._runner = await asyncio.to_thread(lambda: new_runner(self._bot, self._settings, self._answers))
+        self._runner = await in_own_thread(lambda: new_runner(self._bot, self._settings, self._answers))
         self._worker = Worker(self._runner, self.name, self._bot.model.device, self._settings.threads)
 
 # %% ../../nbs/serving/330_torch_backend.ipynb #1a6ba276
