@@ -9,11 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-# Where bitsandbytes is installed, importing PEFT says that an optional kernel is missing, and int8 says for every layer that it
-# computes in fp16. Neither is news to act on.
-_KNOWN = ("Failed to load CPU gemm_4bit_forward", "MatMul8bitLt: inputs will be cast")
-for _module in ("backends.cpu.ops", "autograd._functions"):
-    getLogger(f"bitsandbytes.{_module}").addFilter(lambda record: not record.getMessage().startswith(_KNOWN))
+# Where bitsandbytes or torchao is installed, importing PEFT says which optional kernels are missing and what PyTorch is going to
+# deprecate, and int8 says for every layer that it computes in fp16. None of it is news to act on.
+_KNOWN = {
+    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
+    "bitsandbytes.autograd._functions": "MatMul8bitLt: inputs will be cast",
+    "torchao": "Failed to load ",
+    "torch.utils._pytree": "is an Enum subclass and is now natively supported",
+}
+for _name, _text in _KNOWN.items():
+    getLogger(_name).addFilter(lambda record, text=_text: text not in record.getMessage())  # type: ignore[misc]
 
 _WHERE = {
     "Config": "llmbot.core.config",

@@ -12,6 +12,7 @@ import peft
 import pytest
 import recipes
 import torch
+from peft.tuners.lora.torchao import TorchaoLoraLinear
 from recipes import on, train, write
 from safetensors.torch import load_file
 from tiny_bots import CORPUS, make_bot
@@ -365,25 +366,29 @@ def test_it_is_served_and_evaluated_like_any_bot(home: Path, base: Path, skill: 
     assert [row.answer for row in reports[0].examples] == [row.answer for row in reports[1].examples]
 
 
+def numbers(layer: Any) -> torch.Tensor:
+    "What a quantized layer keeps."
+    return getattr(layer.weight, "qdata", layer.weight.data).clone()
+
+
 class TestQuantized:
     @pytest.fixture(autouse=True)
     def _package(self) -> None:
         pytest.importorskip("bitsandbytes", reason="the extra 'quantization' is not installed")
 
-    @pytest.mark.parametrize("bits", ["nf4", "int8"])
+    @pytest.mark.parametrize("bits", ["nf4", "int8", "torchao_int8"])
     def test_backward_touches_the_adapter_alone(self, home: Path, base: Path, tmp_path: Path, bits: str) -> None:
-        import bitsandbytes
-
-        kind = bitsandbytes.nn.Linear4bit if bits == "nf4" else bitsandbytes.nn.Linear8bitLt
+        module = pytest.importorskip("torchao" if bits == "torchao_int8" else "bitsandbytes", reason="its extra is not installed")
+        kind = TorchaoLoraLinear if bits == "torchao_int8" else module.nn.Linear4bit if bits == "nf4" else module.nn.Linear8bitLt
         cfg = recipe(home, base, "unused", **{"training.output_dir": tmp_path / "bot", "model.quantization": bits})
         run, trainer = recipes.built(cfg, tmp_path)
         layers = {n: m for n, m in run.model.named_modules() if isinstance(m, kind)}
         assert len(layers) == 21, "seven in each of three blocks"
         trainer.heldout_metrics(run.data.validation)  # an evaluation must not change the base either
-        before = {name: layer.weight.data.clone() for name, layer in layers.items()}
+        before = {name: numbers(layer) for name, layer in layers.items()}
         first = trainer.heldout_metrics(run.data.validation)["loss"]
         trainer.train()
-        assert all(torch.equal(layer.weight.data, before[name]) for name, layer in layers.items())
+        assert all(torch.equal(numbers(layer), before[name]) for name, layer in layers.items())
         assert all(p.grad is None for n, p in run.model.named_parameters() if "lora_" not in n)
         assert trainer.heldout_metrics(run.data.validation)["loss"] < first
 

@@ -92,6 +92,8 @@ CASES: dict[str, dict[str, Any]] = {
                      "model.quantization": "nf4"},
     "qlora in 8 bits": WIDE | {"training.method": "lora", "training.per_device_batch_size": 2, "data.max_seq_length": 96,
                                "model.quantization": "int8", "training.gradient_checkpointing": True},
+    "qlora in 8 bits of torchao": WIDE | {"training.method": "lora", "training.per_device_batch_size": 2, "data.max_seq_length": 96,
+                                          "model.quantization": "torchao_int8"},
     "dpo": LONG | {"training.method": "dpo", "training.per_device_batch_size": 4},
     "dpo with a frozen reference": LONG | {"training.method": "dpo", "training.per_device_batch_size": 4, "method.reference": "frozen"},
     "dpo of an adapter": LONG | {"training.method": "dpo", "training.per_device_batch_size": 4, "method.adapter": True,

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .architectures import kept_bits
 from .bot import Manifest, bot_digest, check_destination
 from .errors import BotError, ConfigError
 from .model_manager import LoadedBot, fit_embedding, load_bot, merge_in_memory, read_adapter, save_bot, whole_model
@@ -136,8 +137,7 @@ def adapter_facts(
     "Shape and size of an adapter, and how it acts on its base."
     [settings] = model.peft_config.values()
     trainable = sum(p.numel() for p in {id(p): p for n, p in model.named_parameters() if is_adapters(n)}.values())
-    quantization = getattr(model.get_base_model().config, "quantization_config", None)
-    bits = "nf4" if getattr(quantization, "load_in_4bit", False) else "int8" if quantization else "none"
+    bits = kept_bits(model.get_base_model().config)
     kind = ("DoRA" if settings.use_dora else "LoRA") + (", scaled by sqrt(rank)" if settings.use_rslora else "")
     facts = {
         "kind": kind,
@@ -258,6 +258,9 @@ def merge_bot(
     if bot.base is None or bot.path is None:
         raise BotError(f"{adapter} is a whole model already: there is no adapter to merge.")
     parent = bot.base.reference.location
+    if (kept := kept_bits(bot.config)) != "none":
+        raise BotError(f"{parent} is saved in {kept}, and a merge would round its weights anew: merge into the bot that it was made from, "
+                       "or keep the adapter.")
     bot = load_bot(adapter, device="cpu", dtype=str(bot.config.dtype or "float32").split(".")[-1] if dtype == "auto" else dtype)
     rows, about = (rows, about) if rows else (probe_rows(bot), "a few questions and random ids")
     merged, report = merge_verified(bot.model, rows, tolerance, about)

@@ -87,8 +87,9 @@ class ModelConfig:
                         description="Where it runs; auto: the first there is of cuda, mps, cpu")
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = Field(
         default="sdpa", description="Attention kernel of transformers; sdpa (PyTorch's own) runs everywhere")
-    quantization: Literal["none", "nf4", "int8"] = Field(
-        default="none", description="Load the weights in 4 or 8 bits (bitsandbytes); training then needs an adapter: QLoRA")
+    quantization: Literal["none", "nf4", "int8", "torchao_int8"] = Field(
+        default="none", description="Load the weights in 4 or 8 bits: nf4 and int8 (bitsandbytes), torchao_int8 (torchao); training then "
+        "needs an adapter: QLoRA")
     revision: Name | None = Field(default=None, description="Branch, tag or commit of a hub model; unset: its main branch")
 
     @model_validator(mode="after")

@@ -20,7 +20,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .architectures import describe_model, new_model, pick_device, pick_dtype, quantized, train_tokenizer
+from .architectures import BITS, describe_model, kept_bits, new_model, pick_device, pick_dtype, quantized, train_tokenizer
 from .bot import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Manifest, Reference, bot_writer, bots_directory, is_adapter
 from .bot import read_manifest, resolve_reference, write_manifest
 from .chat import ChatFormat
@@ -100,13 +100,20 @@ def read_weights(
     dtype: "torch.dtype | None" = None,  # of the weights in memory; None for the checkpoint's own
     attn_implementation: str = "sdpa",  # as in `ModelConfig.attn_implementation`
     revision: str | None = None,  # of a hub model
-    quantization: str = "none",  # "none", "nf4", "int8"
+    quantization: str = "none",  # "none", or as `quantized` takes it
 ) -> "PreTrainedModel":  # in evaluation mode, on the device
     "A whole bot's weights, from safetensors only; missing tensors are refused. Raises `BotError`, `MissingExtraError`."
+    import torch
     from transformers import AutoModelForCausalLM
 
     refuse_export(reference.location)
-    bits = quantized(quantization, device, dtype) if quantization != "none" else {}
+    kept = kept_bits(read_config(reference, revision))
+    if quantization not in ("none", kept) and kept != "none":
+        raise BotError(f"{reference.location} is saved in {kept}, which cannot become {quantization}: leave model.quantization at 'none'.")
+    wanted = quantization if kept == "none" else kept
+    bits = quantized(wanted, device, dtype) if wanted in BITS else {} if wanted == "none" else {"device_map": {"": device}}
+    if kept != "none":
+        bits.pop("quantization_config", None)  # the model's own says it
 
     with bot_errors("the weights", reference.location), quiet_bars():
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -124,7 +131,8 @@ def read_weights(
         if hasattr(layer, "support_avx512bf16_for_cpu"):
             layer.support_avx512bf16_for_cpu = False
     for tensor in [*model.parameters(), *model.buffers()] if bits and device == "cpu" else ():
-        if tensor.is_floating_point():  # what is not quantized is a view of the file, which would stay in memory as a whole
+        # what is not quantized is a view of the file, which would stay in memory as a whole
+        if tensor.is_floating_point() and type(tensor.data) is torch.Tensor:
             tensor.data = tensor.data.clone()
     return model.eval() if bits else model.to(device).eval()
 
@@ -305,7 +313,7 @@ def whole_model(
     bot: LoadedBot,  # its `.model` is used up
 ) -> "PreTrainedModel":  # in evaluation mode, every weight free to be trained
     "A bot's weights as one model, to train further or to put an adapter on; an adapter is merged in memory. Raises `BotError`."
-    if bot.base is not None and bot.quantization != "none":
+    if bot.base is not None and (bot.quantization != "none" or kept_bits(bot.config) != "none"):
         raise BotError(f"{bot.name} is an adapter, which cannot be merged into a quantized base to be trained on. "
                        f"Write it as a whole model first: llmbot models merge {bot.reference.location} --output DIR")
     model = merge_in_memory(bot.model)
@@ -350,7 +358,7 @@ def load_bot(
     dtype: str = "auto",  # "auto", "float32", "bfloat16", "float16"
     attn_implementation: str = "sdpa",  # "sdpa", "eager", "flash_attention_2"
     revision: str | None = None,  # of a hub model
-    quantization: str = "none",  # "none", "nf4", "int8": bits of the weights in memory
+    quantization: str = "none",  # "none", "nf4", "int8", "torchao_int8": bits of the weights in memory
 ) -> LoadedBot:  # weights are not read yet
     "Find a bot and prepare to load it. Raises `BotError` when there is none, `ConfigError` when a device is not there."
     return LoadedBot(resolve_reference(ref), device, dtype, attn_implementation, revision, quantization)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TOLERANCES', 'Tolerance', 'check_precision', 'ExportReport', 'head_size', 'rope_outside', 'silent', 'build_graph',
            'available_cores', 'set_threads', 'onnx_logits', 'own_rows', 'compare', 'pytorch_directory',
-           'export_manifest', 'export_onnx']
+           'export_manifest', 'exportable', 'export_onnx']
 
 # %% ../../nbs/serving/332_onnx_export.ipynb #75f511f7
 import contextlib
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..core.adapters import COMPARED, probe_rows
-from ..core.architectures import describe_model
+from ..core.architectures import describe_model, kept_bits
 from ..core.bot import ONNX_CONFIG, Manifest, bot_digest, bot_writer, check_destination, is_export, package_versions
 from ..core.bot import write_manifest
 from ..core.errors import BotError, ConfigError, require
@@ -290,6 +290,19 @@ def export_manifest(
         versions=package_versions() | {name: importlib.metadata.version(name) for name in packages},
     )
 
+# %% ../../nbs/serving/332_onnx_export.ipynb #0dee9522
+def exportable(
+    ref: str | Path,  # a bot
+) -> LoadedBot:  # in fp32, on the CPU
+    "The bot to export. Raises `BotError` for one that cannot be exported."
+    bot = load_bot(ref, device="cpu", dtype="float32")
+    if bot.path is not None and is_export(bot.path):
+        raise BotError(f"{ref} is an export already. Export the bot that it was made from.")
+    if (kept := kept_bits(bot.config)) != "none":
+        raise BotError(f"{ref} is saved in {kept}, and the export rounds weights itself: export the bot that it was made from, "
+                       "with the precision int8 or int4.")
+    return bot
+
 # %% ../../nbs/serving/332_onnx_export.ipynb #0976dc22
 def export_onnx(
     ref: str | Path,  # the bot to export
@@ -311,9 +324,7 @@ def export_onnx(
     genai = require("onnxruntime_genai", "onnx")
     check_precision(precision, provider)
     check_destination(dest, overwrite)
-    bot = load_bot(ref, device="cpu", dtype="float32")
-    if bot.path is not None and is_export(bot.path):
-        raise BotError(f"{ref} is an export already. Export the bot that it was made from.")
+    bot = exportable(ref)
     model = whole_model(bot)
     rows, about = (rows, about) if rows else (own_rows(bot, model), "text that the bot itself wrote")
     with bot_writer(dest, overwrite) as tmp:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..core.architectures import kept_bits
 from ..core.batching import TokenBatches
 from ..core.config import Config, trains_adapter
 from ..core.devices import Device
@@ -159,7 +160,8 @@ class Outlook:
         "The peak, in bytes, without what a GPU adds; `on_gpu`: with its kernels."
         t, b, m, adapter = self.cfg.training, self.batches, self.cfg.model, trains_adapter(self.cfg)
         base = base_type(self.cfg, str(self.config.dtype).removeprefix("torch."), precision) if adapter else "fp32"
-        load = Workload(b.micro_batch, b.longest, precision, base, m.quantization, t.gradient_checkpointing, b.masked,
+        bits = m.quantization if m.quantization != "none" else kept_bits(self.config)
+        load = Workload(b.micro_batch, b.longest, precision, base, bits, t.gradient_checkpointing, b.masked,
             self.cfg.lora if adapter else None, tuple(t.freeze), m.attn_implementation, traced_loss(self.cfg, self.kind), b.first,
             round(b.learned * b.micro_batch * b.longest), self.reference, b.micro_batch * t.gradient_accumulation_steps, on_gpu)
         around = Around(t.optimizer, bool(t.ema_decay), t.gradient_accumulation_steps > 1)

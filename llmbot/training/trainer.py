@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from transformers import set_seed
 
+from ..core.architectures import kept_bits
 from ..core.bot import Manifest, bot_digest, storage_error
 from ..core.chat import ChatFormat, attach_chat_template
 from ..core.config import Config, DataConfig, check_config, trains_adapter
@@ -124,8 +125,12 @@ def make_model(
     if m.base is None:
         return new_model(m, tokenizer, cfg.training.seed).to(device)
     dtype = m.dtype if trains_adapter(cfg) else "float32"
-    model = whole_model(load_bot(m.base, device=device, dtype=dtype, attn_implementation=m.attn_implementation,
-                                 revision=m.revision, quantization=m.quantization))
+    base = load_bot(m.base, device=device, dtype=dtype, attn_implementation=m.attn_implementation, revision=m.revision,
+                    quantization=m.quantization)
+    if (kept := kept_bits(base.config)) != "none" and not trains_adapter(cfg):
+        raise ConfigError(f"{m.base} is saved in {kept}, and quantized weights cannot be trained by '{cfg.training.method}': use "
+                          "'method: lora', which trains an adapter on them.")
+    model = whole_model(base)
     fresh = load_bot(m.base, device="cpu", revision=m.revision).tokenizer
     fit_chat_template(cfg, fresh, data_kind, model)
     return model
