@@ -8,6 +8,7 @@ __all__ = ['app', 'data_app', 'Bot', 'print_version', 'options', 'inspect', 'sho
 
 # %% ../../nbs/app/595_cli.ipynb #6b8c0f9d
 import contextlib
+import gc
 import json
 import sys
 from pathlib import Path
@@ -195,6 +196,7 @@ def main(
     "Run the command line and leave with its exit code."
     given = sys.argv[1:] if arguments is None else arguments
     quiet_libraries()
+    gc.set_threshold(10_000)  # new objects between two looks for garbage; Python's own is 700, or 2000
     try:
         with one_message(debug="--debug" in given):
             app(args=[a for a in given if a != "--debug"], prog_name="llmbot")
