@@ -11,6 +11,7 @@ __all__ = ['MANIFEST', 'CARD', 'SCHEMA_VERSION', 'NEXT', 'ADAPTER_CONFIG', 'ADAP
 
 # %% ../../nbs/core/012_bot.ipynb #47f27738
 import ctypes
+import functools
 import glob
 import hashlib
 import importlib.metadata
@@ -22,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from difflib import get_close_matches
@@ -65,14 +66,15 @@ class Manifest:
     schema_version: int = SCHEMA_VERSION
 
 # %% ../../nbs/core/012_bot.ipynb #fac7833b
+_version = functools.cache(importlib.metadata.version)  # a process goes on with what it has loaded, and each checkpoint asks
+
+
 def package_versions() -> dict[str, str]:  # package -> version, of those installed
     "Versions of Python and of the packages that a training result depends on."
     versions = {"python": platform.python_version()}
     for name in ("llmbot", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "safetensors"):
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue  # an optional package: its absence is what the record should show
+        with suppress(importlib.metadata.PackageNotFoundError):  # an optional package: its absence is what the record should show
+            versions[name] = _version(name)
     return versions
 
 
