@@ -11,6 +11,8 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	command -v $$p >/dev/null && $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' && echo $$p && break; done)
 BIN := $(VENV)/bin
 # Without compiling all of it ahead: that takes a minute of processor time for each environment, and most modules are never imported.
+# But what is imported is compiled once, also where the machine is told to keep nothing: else each of the tests' processes compiles all.
+unexport PYTHONDONTWRITEBYTECODE
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 # A virtual environment in the directory of the target, where there is none that works.
 ENVIRONMENT = [ -n "$(PYTHON)" ] || { echo "llmbot needs Python 3.11 or later on the PATH" >&2; exit 1; }; \
