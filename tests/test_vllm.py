@@ -3,6 +3,8 @@
 import asyncio
 import dataclasses
 import json
+import multiprocessing
+import multiprocessing.forkserver
 import os
 import re
 import signal
@@ -17,6 +19,7 @@ import pytest
 import torch
 from tiny_bots import make_bot
 
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # not to one core, where other tests run too
 pytest.importorskip("vllm", reason="vLLM is not installed here; 'make test-vllm' builds an environment that has it")
 
 from llmbot.core.adapters import attach_adapter, merge_bot
@@ -362,11 +365,27 @@ def test_the_openai_client_streams_what_it_gets_whole(url: str) -> None:
 # What needs an engine of its own
 
 
+@pytest.fixture(scope="module")
+def forked(url: str) -> Iterator[None]:
+    """Engines and their workers are forked from one process that has loaded vLLM, which takes each of them ten seconds.
+
+    That of `url` starts as any does, and has set the environment of those that come after it.
+    """
+    context = multiprocessing.get_context("forkserver")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", f"{Path(__file__).parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+        context.set_forkserver_preload(["preloaded_vllm"])
+        multiprocessing.forkserver.ensure_running()
+        patch.setattr("vllm.v1.engine.utils.get_mp_context", lambda: context)
+        yield
+
+
 def settings(models: str = "", **engine: Any) -> Config:
     serving = ServingConfig(models=[models] if models else [], backend="vllm")
     return Config(model=ModelConfig(device="cpu", dtype="float32"), serving=serving, engine={**ENGINE, **engine})
 
 
+@pytest.mark.usefixtures("forked")
 def test_the_merged_bot_gives_the_same_and_a_dead_engine_an_error(folder: Path) -> None:
     "Parity of merged weights; then the engine's process is killed while two requests run, and every reader gets an error."
 
@@ -414,6 +433,7 @@ def test_a_head_that_the_cpu_kernels_lack_is_refused_before_the_start(tmp_path: 
 
 
 @pytest.mark.parametrize("name", ["base", "merged", "terse"])
+@pytest.mark.usefixtures("forked")
 def test_three_engines_say_the_same(folder: Path, name: str) -> None:
     "As `llmbot verify` compares them: a base, an adapter merged into it, and the adapter beside its base."
     report = check_parity(str(folder / name), ["torch", "onnx", "vllm"], prompts=6, max_new_tokens=24, device="cpu")
