@@ -44,10 +44,9 @@ $(CLIENTS)/.done: constraints.txt
 		openai langchain-openai==1.7.3 litellm==1.83.0 llm==0.36 "lm_eval[api]==0.4.13" transformers
 	@touch $@
 
-# Three environments at a time; types are checked while the last is made. The library is built by one pip at a time.
+# Three environments at a time; types are checked while the last is made. Only one pip at a time builds the library.
 begin:
-	@$(MAKE) --no-print-directory --output-sync --jobs 3 check clients $(VLLM_VENV)/.vllm
-	@$(MAKE) --no-print-directory $(VLLM_VENV)/.ready
+	@$(MAKE) --no-print-directory --output-sync --jobs 3 AFTER=$(VENV)/.dev check clients $(VLLM_VENV)
 
 clients: $(CLIENTS)/.done ## Install the API clients that the tests try, apart from the library
 install: $(VENV)/.base ## Install the library into .venv
@@ -86,7 +85,7 @@ $(VLLM_VENV)/.vllm: constraints.txt tests/vllm_needs.py
 	$(VLLM_VENV)/bin/python $(PIP_INSTALL) -r $(VLLM_VENV)/needs.txt
 	@touch $@
 
-$(VLLM_VENV)/.ready: $(METADATA) $(VLLM_VENV)/.vllm
+$(VLLM_VENV)/.ready: $(METADATA) $(VLLM_VENV)/.vllm | $(AFTER)
 	$(VLLM_VENV)/bin/python $(PIP_INSTALL) -e '.[onnx]' openai httpx pytest pytest-timeout
 	@touch $@
 
