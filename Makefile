@@ -70,7 +70,7 @@ check: $(VENV)/.dev ## Export, README, lint and types
 	$(BIN)/mypy llmbot
 
 notebooks: $(VENV)/.dev ## Run the notebooks of the modules; the tutorials run under pytest, in fresh kernels
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python tests/notebooks.py --flags "$(FLAGS)" --skip_folder_re '^(tutorials|[_.].*)' --n_workers 2 --timing
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/nbdev_test --flags "$(FLAGS)" --skip_folder_re '^(tutorials|[_.].*)' --n_workers 2 --timing
 
 pytest: $(VENV)/.dev ## Run the tests of tests/
 	HF_HUB_OFFLINE=1 $(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
