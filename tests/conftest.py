@@ -1,8 +1,11 @@
 """Shared fixtures: real material when it lies beside the repository, and offline hub access always."""
 
 import gc
+import multiprocessing
+import multiprocessing.forkserver
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from ipaddress import ip_address
@@ -12,6 +15,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from llmbot.app.console import Later
+
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, BrowserContext, Page
 
@@ -20,6 +25,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models on a busy machine: 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["LLMBOT_REGISTRY"] = tempfile.mkdtemp(prefix="registry-")  # never the one of the person who runs the tests
 ROOT = Path(__file__).parents[1]
+sys.meta_path.insert(0, Later())  # as commands start: without what is not used,
+gc.set_threshold(10_000)  # and without looking for garbage among what is being imported
 
 
 @pytest.fixture(scope="session")
@@ -29,6 +36,15 @@ def shared() -> Path:
     if not (path / "models" / "stories260K" / "config.json").exists():
         pytest.skip(f"no real data at {path}: set LLMBOT_SHARED to run this test")
     return path
+
+
+@pytest.fixture(scope="session")
+def forking() -> None:
+    "The process that forks others has everything loaded that one of them needs, so that they need not load it one by one."
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", f"{Path(__file__).parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+        multiprocessing.get_context("forkserver").set_forkserver_preload(["preloaded"])
+        multiprocessing.forkserver.ensure_running()
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """Runs that are killed at random moments, also while they write, end with the bits of a run that nothing happened to."""
 
 import json
-import multiprocessing.forkserver
 import os
 import random
 import shutil
@@ -42,13 +41,7 @@ recipe = partial(recipes.recipe, **{
 })  # fmt: skip
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _server() -> None:
-    "The process that forks all runs has everything loaded that some run needs."
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", f"{Path(__file__).parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
-        multiprocessing.get_context("forkserver").set_forkserver_preload(["preloaded"])
-        multiprocessing.forkserver.ensure_running()
+pytestmark = pytest.mark.usefixtures("forking")
 
 
 def written(home: Path, **changes: object) -> tuple[Path, Config]:
