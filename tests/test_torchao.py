@@ -160,6 +160,20 @@ def test_an_adapter_of_the_full_base_stands_on_the_rounded_one(base: Path, adapt
     assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
+def test_ddp_leaves_the_rounded_weights_alone(base: Path, tmp_path: Path) -> None:
+    "It sends all others around, for which torchao's have no operation."
+    model = attach_adapter(load_bot(base, device="cpu", quantization="torchao_int8").model, LoraConfig(rank=4))
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        wrapped = torch.nn.parallel.DistributedDataParallel(model)
+        wrapped(IDS, labels=IDS).loss.backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert {name for name, weight in model.named_parameters() if weight.grad is not None} == {
+        name for name, _ in model.named_parameters() if "lora_" in name}  # fmt: skip
+    assert len(wrapped.parameters_to_ignore) == len(linear_layers(load_bot(base, device="cpu").model))
+
+
 class TestSaved:
     def test_it_comes_back_as_it_was(self, base: Path, saved: Path) -> None:
         expected = logits(load_bot(base, device="cpu", quantization="torchao_int8").model)

@@ -127,6 +127,9 @@ def attach_adapter(
         warnings.filterwarnings("ignore", message=".*weight tying.*|.*tie_word_embeddings.*")
         torch.manual_seed(seed)
         adapted = peft.get_peft_model(model, settings).train()
+    if kept_bits(model.config) == "torchao_int8":  # frozen, the same in every process, and of a type that DDP cannot send around
+        rounded = [name for name, weight in adapted.named_parameters() if hasattr(weight, "qdata")]
+        torch.nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(adapted, rounded)
     settings.base_model_name_or_path = ""  # `save_bot` says where the base lies; with a name here PEFT would save embeddings twice
     return adapted
 

@@ -20,6 +20,8 @@ def turn_weights(
         if type(layer) is not torch.nn.Linear or layer is output:
             continue
         weight = layer.weight
+        if type(weight) is not torch.nn.Parameter:  # torchao's are ordinary layers with weights of another type
+            continue
         if weight.dtype == torch.float32 and weight.device.type == "cpu" and weight.is_contiguous():
             weight.data = weight.data.t().contiguous().t()
             turned += 1
