@@ -1,6 +1,7 @@
 """The API over a real socket, asked by OpenAI's own client, by httpx and by raw bytes."""
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -261,6 +262,7 @@ BAD_BODIES: list[tuple[bytes, int]] = [
     (b'{"messages": [{"role": "user", "content": "Hi"}], "seed": ' + b"9" * 5000 + b"}", 400),
     (b'{"messages": [{"role": "user", "content": "Hi"}], "stream": "yes"}', 400),
     (b"[" * 40_000, 400),
+    (b"[" * 200 + b"]" * 200, 400),
     (b'{"a":' * 9_000 + b"1" + b"}" * 9_000, 413),
     (b'{"messages": "' + b"x" * 60_000 + b'"}', 413),
 ]
@@ -501,6 +503,41 @@ def test_deadline(bots: list[str]) -> None:
             rest = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")]
         assert rest[-1]["error"]["code"] == "timeout"  # the status was sent long ago, so it is an event
         assert now(url) == (0, 0)
+    GatedBackend.gate.set()
+
+
+def test_a_server_that_stops_says_so_while_running_answers_end(bots: list[str]) -> None:
+    GatedBackend.gate.set()
+    block = running_server(config(bots[:1], backend="gated"), grace_s=60)
+    url = block.__enter__()
+    ask = {"json": {"messages": QUESTION, "stream": True, "max_new_tokens": 900}, "timeout": 60}
+    with httpx.stream("POST", f"{url}/chat", **ask) as answer:
+        lines = answer.iter_lines()
+        first = next(lines)
+        GatedBackend.gate.clear()
+        ending = threading.Thread(target=block.__exit__, args=(None, None, None))
+        ending.start()
+        until(lambda: httpx.get(f"{url}/health/ready").status_code == 503)
+        refused = httpx.post(f"{url}/chat", json={"messages": QUESTION})
+        assert (refused.status_code, refused.json()["error"]["code"], refused.headers["retry-after"]) == (503, "stopping", "60")
+        GatedBackend.gate.set()
+        body = "\n".join([first, *lines])
+    assert body.count("word ") == 900
+    assert body.rstrip().endswith("data: [DONE]")
+    ending.join()
+
+
+def test_an_answer_that_outlives_the_end_of_the_server_is_told(bots: list[str]) -> None:
+    GatedBackend.gate.set()
+    ask = {"json": {"messages": QUESTION, "stream": True, "max_new_tokens": 900}, "timeout": 60}
+    with contextlib.ExitStack() as left_open:
+        with running_server(config(bots[:1], backend="gated"), grace_s=0.2) as url:
+            lines = left_open.enter_context(httpx.stream("POST", f"{url}/chat", **ask)).iter_lines()
+            assert "word" in next(lines)
+            GatedBackend.gate.clear()
+        rest = [line for line in lines if line]
+        assert json.loads(rest[-2].removeprefix("data: "))["error"]["code"] == "stopping"
+        assert rest[-1] == "data: [DONE]"
     GatedBackend.gate.set()
 
 

@@ -206,3 +206,31 @@ def test_a_stream_is_closed_when_its_reader_leaves_in_the_middle_of_a_write() ->
         assert closed == [True]
 
     asyncio.run(main())
+
+
+def test_a_client_that_stays_and_reads_nothing_is_given_up() -> None:
+    "Otherwise it would keep its place in the engine for as long as it likes."
+
+    async def main() -> None:
+        closed = []
+
+        async def chunks() -> Any:
+            try:
+                while True:
+                    yield Chunk("word ")
+            finally:
+                closed.append(True)
+
+        async def send(message: Any) -> None:
+            if message["type"] == "http.response.body":
+                await asyncio.Event().wait()  # the socket's buffer is full
+
+        async def receive() -> Any:
+            await asyncio.Event().wait()
+
+        stream = chunks()
+        response = EventStream(await anext(stream), stream, lambda chunk: [{"text": chunk.text}], ping_s=0.01, patience_s=0.01)
+        await asyncio.wait_for(response({"type": "http", "asgi": {"spec_version": "2.3"}}, receive, send), 20)
+        assert closed == [True]
+
+    asyncio.run(main())

@@ -13,7 +13,7 @@ import copy
 import errno
 import socket
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any
 
 from fastapi import FastAPI
@@ -29,6 +29,7 @@ from ..monitoring.logs import JsonFormatter
 from ..monitoring.telemetry import Telemetry, Traced
 from .access import LIMIT_HEADERS, Doorkeeper, Keys, RateLimits
 from .admin_api import admin_router
+from .admission import drain
 from .bot_api import bot_router
 from .conversation_api import conversation_router
 from .conversations import Conversations
@@ -128,11 +129,13 @@ def web_server(
     grace_s: float,  # seconds that running answers get when the server is told to stop
     own_log: bool,  # the process logs nothing else
     websockets: bool = False,  # pages need them, the API does not
+    ending: Callable[[], Awaitable[None]] | None = None,  # ends running answers before the socket is closed
 ) -> Any:  # a uvicorn.Server
     "A uvicorn server that logs as we do: one line a request, without its query."
     import uvicorn
     from uvicorn.config import LOGGING_CONFIG
 
+    from llmbot.serving.draining import DrainingServer
     from llmbot.serving.slow_headers import PatientlyBounded
 
     serving, log = cfg.serving, dict[str, Any](copy.deepcopy(LOGGING_CONFIG))
@@ -151,7 +154,7 @@ def web_server(
         http=PatientlyBounded,  # bounds the size of all headers together, and the time that they take
         ws="websockets-sansio" if websockets else "none",
     )
-    return uvicorn.Server(config)
+    return DrainingServer(config, ending) if ending else uvicorn.Server(config)
 
 # %% ../../nbs/serving/390_api_server.ipynb #86472fd4
 async def _prepare(app: FastAPI) -> None:
@@ -160,23 +163,34 @@ async def _prepare(app: FastAPI) -> None:
     await app.state.server.bots.start()
 
 
+def _server_of(app: FastAPI, around: Around | None, grace_s: float | None, own_log: bool) -> Any:
+    "The uvicorn server of an application; without `grace_s` running answers get `serving.drain_s` seconds."
+    server, outer = app.state.server, around(app) if around else app
+
+    def seconds() -> float:
+        return server.bots.serving.drain_s if grace_s is None else grace_s
+
+    async def ending() -> None:
+        await drain(server.in_flight, seconds())
+
+    return web_server(outer, server.bots.live.current, seconds(), own_log, around is not None, ending)
+
+
 def serve(
     cfg: Config | LiveConfig,
     on_ready: Callable[[str], None] | None = None,  # called with the URL once the default bot is loaded
-    grace_s: float = 10.0,  # seconds that running answers get when the server is told to stop
     around: Around | None = None,  # pages in the same process
 ) -> None:
     "Run the API until SIGTERM or Ctrl-C. Raises `LLMBotError` when it cannot start."
     app = create_app(cfg)
-    outer = around(app) if around else app
-    bots = app.state.server.bots
-    sock, url = listen(bots.serving)
+    sock, url = listen(app.state.server.bots.serving)
+    server = _server_of(app, around, None, own_log=True)
 
     async def main() -> None:
         await _prepare(app)  # here, where its error is ours and not a line in uvicorn's log
         if on_ready:
             on_ready(url)
-        await web_server(outer, bots.live.current, grace_s, own_log=True, websockets=around is not None).serve([sock])
+        await server.serve([sock])
 
     with sock, contextlib.suppress(KeyboardInterrupt):
         asyncio.run(main())
@@ -190,9 +204,8 @@ def running_server(
 ) -> Iterator[str]:  # the URL, such as http://127.0.0.1:40123
     "Run the API in a thread for the length of a `with` block. Raises `LLMBotError` when it cannot start."
     app = create_app(cfg)
-    bots, outer = app.state.server.bots, around(app) if around else app
-    sock, url = listen(bots.serving)
-    server = web_server(outer, bots.live.current, grace_s, own_log=False, websockets=around is not None)
+    sock, url = listen(app.state.server.bots.serving)
+    server = _server_of(app, around, grace_s, own_log=False)
     ready = concurrent.futures.Future[str]()
 
     async def main() -> None:

@@ -17,6 +17,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field
 
 from .conversations import MAX_MESSAGES, Conversation, Conversations, ConversationStore, append, fetch
+from .hosting import chat_format
 from .http_exchange import STREAMS, SamplingFields, respond
 from .http_guard import StrictRoute
 from .model_server import ModelServer
@@ -100,12 +101,12 @@ async def fitted(
     "The conversation, or what of it leaves room for the answer. Raises `RequestError`."
     if asked.truncate is None:
         return list(messages), 0
-    backend = await server.bots.find(asked.model).load()
-    context = backend.context_length
+    bot = server.bots.find(asked.model)
+    context = (await bot.load()).context_length
     wanted = asked.max_new_tokens or min(server.bots.serving.max_new_tokens, context // 2)
 
     def count(some: Sequence[Mapping[str, Any]]) -> int:
-        return len(encode_prompt(backend.chat, some)[0])
+        return len(encode_prompt(chat_format(bot), some)[0])
 
     return await asyncio.to_thread(fit_messages, messages, count, context - wanted)
 

@@ -300,10 +300,10 @@ def expire(
     store: ConversationStore,
 ) -> int:  # how many are gone
     "Delete what is older than may be kept."
-    old = sa.select(conversations.c.id).where(conversations.c.updated_at < store.oldest())
+    old = conversations.c.updated_at < store.oldest()
     with store.begin() as connection:
-        connection.execute(messages_table.delete().where(messages_table.c.conversation_id.in_(old)))
-        return connection.execute(conversations.delete().where(conversations.c.updated_at < store.oldest())).rowcount
+        connection.execute(messages_table.delete().where(messages_table.c.conversation_id.in_(sa.select(conversations.c.id).where(old))))
+        return connection.execute(conversations.delete().where(old)).rowcount
 
 # %% ../../nbs/serving/366_conversations.ipynb #dcb96384
 class Conversations:

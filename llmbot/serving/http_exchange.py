@@ -98,12 +98,17 @@ async def keep_alive(
     send: Callable[[Message], Coroutine[Any, Any, None]],  # ASGI's
     sent: Callable[[], float],  # when something was last sent, by `time.monotonic`
     ping_s: float,
+    patience: asyncio.Timeout,  # of the response
+    patience_s: float,  # seconds that a ping may wait to be written
 ) -> None:
-    "Send a `PING` after each silence of `ping_s` seconds; runs until it is cancelled."
+    "Send a `PING` after each silence of `ping_s` seconds, and let `patience` run out where it cannot be; runs until it is cancelled."
+    loop = asyncio.get_running_loop()
     while True:
         silence = time.monotonic() - sent()
         if silence >= ping_s:
+            patience.reschedule(loop.time() + patience_s)
             await send({"type": "http.response.body", "body": PING, "more_body": True})
+            patience.reschedule(None)
         await asyncio.sleep(max(ping_s - silence, 0.001) if silence < ping_s else ping_s)
 
 
@@ -123,9 +128,10 @@ class EventStream(EventSourceResponse, Generic[Item]):
         chunks: AsyncGenerator[Item, None],  # the others
         frames: Callable[[Item], Iterable[dict[str, Any] | bytes]],  # the events of one chunk: as JSON, or ready to be sent
         ping_s: float = 15.0,  # seconds of silence after which a comment is sent
+        patience_s: float = 60.0,  # seconds after which a client that takes nothing is given up, as in nginx
     ) -> None:
         super().__init__(self._events(first, frames), headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
-        self._chunks, self._ping_s, self._sent = chunks, ping_s, time.monotonic()
+        self._chunks, self._ping_s, self._patience_s, self._sent = chunks, ping_s, patience_s, time.monotonic()
 
     async def _events(self, first: Item, frames: Callable[[Item], Iterable[dict[str, Any] | bytes]]) -> AsyncGenerator[bytes, None]:
         try:
@@ -151,10 +157,13 @@ class EventStream(EventSourceResponse, Generic[Item]):
                 await send(message)
                 self._sent = time.monotonic()
 
-        pings = asyncio.create_task(keep_alive(noted, lambda: self._sent, self._ping_s))
+        patience = asyncio.timeout(None)
+        pings = asyncio.create_task(keep_alive(noted, lambda: self._sent, self._ping_s, patience, self._patience_s))
         try:
-            async with aclosing(self._chunks):
+            async with patience, aclosing(self._chunks):
                 await super().__call__(scope, receive, noted)
+        except TimeoutError:
+            logger.info("a client took nothing of its stream for %g seconds and is given up", self._patience_s)
         finally:
             pings.cancel()
             await asyncio.gather(pings, return_exceptions=True)

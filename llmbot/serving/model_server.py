@@ -31,7 +31,7 @@ from .engine import RestartPolicy, next_token
 from .hosting import HostedBot, Hosting, chat_format, host, lease, remove
 from .prompts import ChatPrompt, Prompt, conversation_of, encode_prompt, sampling_params
 from .request_stats import Meter, ModelStats, code_of
-from .sampling_params import Chunk, GenerationRequest, RequestError, SamplingParams
+from .sampling_params import Chunk, GenerationRequest, RequestError, SamplingParams, joined
 from .watching import Watch
 
 T = TypeVar("T")
@@ -293,8 +293,13 @@ class Managed(Serving):
     async def detokenize(self, token_ids: Sequence[int], model: str | None = None) -> str:
         "The text of token ids, control tokens included, without loading weights. Raises `RequestError` for one that does not exist."
         bot = self.bots.find(model)
-        ids = await self.tokenize(token_ids, model) if token_ids else ()
-        return str(chat_format(bot).tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
+
+        def text() -> str:  # of a long list takes a while
+            chat = chat_format(bot)
+            ids = encode_prompt(chat, token_ids)[0] if token_ids else ()
+            return str(chat.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
+
+        return await asyncio.to_thread(text)
 
     async def load_model(self, ref: str, replace: bool = False) -> HostedBot:
         "Serve one more bot, or another of its name. Raises `RequestError`, with nothing changed, when that cannot be."
@@ -363,12 +368,10 @@ def _from_any_thread(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) 
 
 async def whole_answer(
     chunks: AsyncGenerator[Chunk, None],  # from `stream`; is closed
-) -> Chunk:  # one chunk with all text and all tokens
-    "Read a stream to its end."
+) -> Chunk:
+    "All that a stream says, as one chunk."
     async with aclosing(chunks):
-        parts = [chunk async for chunk in chunks]
-    ids = tuple(i for part in parts for i in part.token_ids)
-    return dataclasses.replace(parts[-1], text="".join(part.text for part in parts), token_ids=ids)
+        return joined([chunk async for chunk in chunks])
 
 # %% ../../nbs/serving/356_model_server.ipynb #1ff03dc7
 async def embed_prompt(visit: Visit, backend: Backend, ids: tuple[int, ...]) -> Embedding:

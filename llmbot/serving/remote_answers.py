@@ -49,7 +49,7 @@ def upstream_refusal(
         message, param, code = str(error["message"]), error.get("param"), error.get("code")
     except (ValueError, KeyError, TypeError, AttributeError):
         message, param, code = body[:200].decode(errors="replace"), None, None
-    wait = float(retry_after) if retry_after and retry_after.isdigit() else None
+    wait = float(retry_after) if retry_after and retry_after.isdecimal() else None
     if status in (400, 413, 422):
         return RequestError(message, param=param if isinstance(param, str) else None, code=code if isinstance(code, str) else None)
     cls = {429: UpstreamLimitError, 503: UpstreamBusyError, 504: UpstreamTimeoutError}.get(status, UpstreamError)
@@ -91,6 +91,8 @@ async def remote_events(
                     found = json.loads(text)
                 except ValueError as exc:
                     raise UpstreamError("the remote server sent an event that is not JSON", code="upstream_error") from exc
+                if not isinstance(found, dict):
+                    raise UpstreamError("the remote server sent an event that is no JSON object", code="upstream_error")
                 if "error" in found:
                     raise UpstreamError(f"the remote server failed: {found['error']}"[:500], code="upstream_error")
                 yield found

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['BOUNDS', 'GREEDY_BELOW', 'MAX_STOP_STRINGS', 'MAX_STOP_LENGTH', 'MAX_BIASED_TOKENS', 'MAX_BIAS', 'MAX_CONSTRAINT',
            'ConstraintKind', 'FinishReason', 'RequestError', 'Constraint', 'SamplingParams', 'GenerationRequest',
-           'TokenLogprob', 'Chunk']
+           'TokenLogprob', 'Chunk', 'joined']
 
 # %% ../../nbs/serving/300_sampling_params.ipynb #7dec0682
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 from ..core.errors import ServingError
@@ -156,3 +156,17 @@ class Chunk:
     logprobs: tuple[TokenLogprob, ...] = ()  # of `token_ids`, where they were asked for
     prompt_logprobs: tuple[TokenLogprob | None, ...] = ()  # of the prompt, in the first chunk, where asked for; None for its first token
     cached_tokens: int = 0  # tokens of the prompt that had been computed for an earlier request
+
+
+def joined(
+    parts: Sequence[Chunk],  # of one answer
+) -> Chunk:
+    "One chunk with all text, all tokens and all log-probabilities."
+    return replace(
+        parts[-1],
+        text="".join(part.text for part in parts),
+        token_ids=tuple(i for part in parts for i in part.token_ids),
+        logprobs=tuple(entry for part in parts for entry in part.logprobs),
+        prompt_logprobs=tuple(entry for part in parts for entry in part.prompt_logprobs),
+        cached_tokens=max(part.cached_tokens for part in parts),
+    )

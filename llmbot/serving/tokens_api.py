@@ -93,7 +93,8 @@ async def tokenize_reply(server: ModelServer, asked: TokenizeRequest) -> dict[st
     backend = await bot.load()  # says how long its context is
     chat = await asyncio.to_thread(chat_format, bot)
     ids = await asyncio.to_thread(asked.ids, chat)
-    names = [str(piece) for piece in chat.tokenizer.convert_ids_to_tokens(list(ids))] if asked.return_token_strs else None
+    found = await asyncio.to_thread(chat.tokenizer.convert_ids_to_tokens, list(ids)) if asked.return_token_strs else None
+    names = [str(piece) for piece in found] if found is not None else None
     return {"count": len(ids), "max_model_len": backend.context_length, "tokens": list(ids), "token_strs": names}
 
 

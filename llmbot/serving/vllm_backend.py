@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import dataclasses
 import difflib
+import gc
 import importlib.util
 import os
 from collections import Counter
@@ -297,6 +298,10 @@ class EngineHolder:
             if not engine.errored:
                 await engine.abort(list(self._asked))  # each reader is told
             await asyncio.to_thread(engine.shutdown)
+            if (reader := engine.output_handler) is not None:
+                await asyncio.wait({reader})  # was cancelled
+            del engine, reader
+            gc.collect()  # it refers to itself, and left until the process ends it fails with a traceback
 
     async def load_adapter(self, name: str, reference: str) -> None:
         engine, found = require_started(self._engine), resolve_reference(reference)
