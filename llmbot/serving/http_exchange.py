@@ -118,6 +118,13 @@ _TURN = 8  # chunks of one stream after which the other streams have their turn 
 def _joined(frames: Iterable[dict[str, Any] | bytes]) -> bytes:
     return b"".join(frame if isinstance(frame, bytes) else event(frame) for frame in frames)
 
+
+def _last_words(error: Exception) -> bytes:
+    status, body, _ = failure(error)
+    if status == 500:
+        logger.error("a stream failed", exc_info=error)
+    return event(body)
+
 # %% ../../nbs/serving/364_http_exchange.ipynb #8dc89b7b
 class EventStream(EventSourceResponse, Generic[Item]):
     "Server-sent events made of chunks, closed with the response."
@@ -140,24 +147,20 @@ class EventStream(EventSourceResponse, Generic[Item]):
             async for chunk in self._chunks:
                 if data := _joined(frames(chunk)):
                     yield data
-                if (count := count + 1) % _TURN == 0:
-                    await asyncio.sleep(0)  # chunks may be there faster than they are read; others must have their turn
+                if (count := count + 1) % _TURN == 0:  # chunks may be there faster than they are read; others must have their turn
+                    await asyncio.sleep(0)
         except Exception as exc:  # whatever it is, the client is told, and the stream ends properly
-            status, body, _ = failure(exc)
-            if status == 500:
-                logger.error("a stream failed", exc_info=exc)
-            yield event(body)
+            yield _last_words(exc)
         yield DONE
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        one_at_a_time = asyncio.Lock()
+        one_at_a_time, patience = asyncio.Lock(), asyncio.timeout(None)
 
         async def noted(message: Message) -> None:
             async with one_at_a_time:
                 await send(message)
                 self._sent = time.monotonic()
 
-        patience = asyncio.timeout(None)
         pings = asyncio.create_task(keep_alive(noted, lambda: self._sent, self._ping_s, patience, self._patience_s))
         try:
             async with patience, aclosing(self._chunks):

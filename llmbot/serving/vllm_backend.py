@@ -288,9 +288,12 @@ class EngineHolder:
         self._lanes = Lanes()
 
     async def start(self) -> None:
-        self._engine = await asyncio.to_thread(self._plan.start, self._stats)
+        def begin() -> None:  # returns nothing: vLLM keeps the frames that it was started from, and with them what they returned
+            self._engine = self._plan.start(self._stats)
+
+        await asyncio.to_thread(begin)
         if self._plan.bot.base is not None:
-            await self._adapters.load(self._engine, None, Path(self._plan.bot.reference.location))
+            await self._adapters.load(require_started(self._engine), None, Path(self._plan.bot.reference.location))
 
     async def stop(self) -> None:
         engine, self._engine = self._engine, None
