@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from llmbot.core.config import Config
+from llmbot.core.config_io import load_config
 from llmbot.core.errors import TrainingError
 from llmbot.training.bot_trainer import BotTrainer
 from llmbot.training.checkpoints import STAGING, checkpoint_fault, checkpoints_in
@@ -224,28 +226,23 @@ def test_finish_writes_the_bot(tmp_path: Path) -> None:
     assert (result.bot / "config.json").is_file()
 
 
-FULL = """
-import resource, sys
-from rich.console import Console
-from llmbot.core.config_io import load_config
-from llmbot.core.errors import TrainingError
-from llmbot.training.trainer import train
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))
-try:
-    train(load_config(sys.argv[1], env={}), console=Console(quiet=True))
-except TrainingError as error:
-    print(error)
-    sys.exit(5)
-"""
+def full_disk_child(path: str, limit: int, said: str) -> None:
+    "A run for which no file may grow beyond a limit, as on a full disk. What ends it is kept, and the exit code is 5."
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    try:
+        train(load_config(path, env={}))
+    except TrainingError as error:
+        Path(said).write_text(str(error))
+        sys.exit(5)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("limit", [500_000, 900_000])  # model.safetensors does not fit; optimizer.pt does not
 def test_full_disk_is_said(tmp_path: Path, limit: int) -> None:
     path, cfg = written(tmp_path)
-    done = subprocess.run([sys.executable, "-c", FULL, str(path), str(limit)], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 5, done.stderr
-    assert "Cannot write a checkpoint" in done.stdout
+    (process := start_child(path, full_disk_child, limit, str(tmp_path / "said"))).join()
+    assert process.exitcode == 5
+    assert "Cannot write a checkpoint" in (tmp_path / "said").read_text()
     assert not list((run_directory(cfg.training.output_dir) / "checkpoints").glob("*"))
 
 
