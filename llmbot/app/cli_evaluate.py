@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'WHO', 'Bot', 'Data', 'MaxRows', 'MaxTokens', 'Output', 'Html', 'Fresh', 'Track', 'Layout', 'Stop', 'Window',
-           'Stride', 'Tokenizer', 'names_in', 'unescaped', 'is_address', 'writable', 'kept_beside', 'progress_of',
-           'deliver', 'tell_trackers', 'settings_for', 'engine_here', 'evaluate', 'compare', 'lm_eval']
+           'Stride', 'Tokenizer', 'names_in', 'unescaped', 'writable', 'kept_beside', 'progress_of', 'deliver',
+           'tell_trackers', 'settings_for', 'engine_here', 'evaluate', 'compare', 'lm_eval']
 
 # %% ../../nbs/app/538_cli_evaluate.ipynb #bf07fdab
 import contextlib
@@ -25,6 +25,7 @@ from .console import emit, finite, only_json, say, terminal
 from ..core.config import Config
 from ..core.errors import ConfigError, DataError
 from ..core.recipe import write_atomically
+from ..core.settings import is_url
 
 if TYPE_CHECKING:
     from llmbot.evaluation.comparison import Comparison
@@ -62,13 +63,6 @@ def unescaped(
 ) -> str | None:
     "A text in which \\n means the end of a line, and \\t a tab."
     return None if text is None else text.replace("\\n", "\n").replace("\\t", "\t")
-
-
-def is_address(
-    ref: str,  # what was given as a bot
-) -> bool:
-    "Whether a server is meant."
-    return ref.startswith(("http://", "https://"))
 
 # %% ../../nbs/app/538_cli_evaluate.ipynb #81b04dca
 def writable(*files: Path | None) -> None:
@@ -133,7 +127,7 @@ def settings_for(
     model: str | None,  # of a server
 ) -> Config:
     "The configuration; the section `engine` is that of the remote backend where a server is asked. Raises `ConfigError`."
-    server = any(map(is_address, refs))
+    server = any(map(is_url, refs))
     if model and not server:
         raise ConfigError("--model names a model of a server: give the server's address in the place of the bot")
     return settle(config, overrides, serving__backend="remote" if server else None, engine__model=model)
@@ -169,7 +163,7 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     "Measure a bot, or a server's model, on rows that it has never seen."
-    cfg, server = settings_for([bot], config, overrides, model), is_address(bot)
+    cfg, server = settings_for([bot], config, overrides, model), is_url(bot)
     if not data:
         raise DataError("there is nothing to evaluate on: name held-out rows with --data FILE")
     writable(output, html)

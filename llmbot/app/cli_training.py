@@ -18,7 +18,7 @@ import typer
 from .cli_config import Arguments, AsJson, read_arguments
 from .console import emit, only_json, say, table, terminal
 from ..core.config import Config, check_config
-from ..core.errors import TrainingError
+from ..core.errors import ConfigError, TrainingError
 from ..core.processes import is_main, leave_processes
 
 if TYPE_CHECKING:
@@ -97,13 +97,17 @@ def train(
     resume: Resume = False,
     nproc: Processes = 1,
     test: Annotated[bool, typer.Option("--self-test", help="Kill a short run of the recipe and resume it: is every bit the same?")] = False,
-    kills: Annotated[int, typer.Option(min=1, help="With --self-test: how often it is killed.")] = 10,
+    kills: Annotated[int | None, typer.Option(min=1, help="With --self-test: how often it is killed.", show_default="10")] = None,
     as_json: AsJson = False,
 ) -> None:
     "Train a bot as a recipe says."
     cfg = check_config(read_arguments(arguments), "train")
+    if test and (resume or nproc > 1):
+        raise ConfigError("--self-test trains anew, in one process: leave out --resume and --nproc")
+    if kills and not test:
+        raise ConfigError("--kills belongs to --self-test: add it, or leave out --kills")
     if test:
-        test_recipe(cfg, kills, as_json)
+        test_recipe(cfg, kills or 10, as_json)
     if nproc > 1:
         from llmbot.training.launch import launch, run_directory
 

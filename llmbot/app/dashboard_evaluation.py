@@ -24,7 +24,7 @@ from .data_preview import data_files
 from ..core.config import Config
 from ..core.errors import ConfigError, DataError
 from ..core.recipe import write_atomically
-from ..evaluation.server import is_url
+from ..core.settings import is_url
 from ..serving.backends import backend_names
 
 # %% ../../nbs/app/584_dashboard_evaluation.ipynb #96af8a6b

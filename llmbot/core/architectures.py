@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'DEFAULT_PRESET', 'PAD', 'START', 'END', 'MIN_VOCAB', 'BITS', 'Shape', 'depth_rule',
-           'scratch_learning_rate', 'resolve_shape', 'qwen3_config', 'matmul_parameters', 'count_parameters',
-           'flops_per_token', 'describe_model', 'train_tokenizer', 'new_model', 'pick_device', 'supports_bf16',
-           'pick_dtype', 'kept_bits', 'quantized']
+           'scratch_learning_rate', 'resolve_shape', 'qwen3_config', 'without_memory', 'matmul_parameters',
+           'count_parameters', 'flops_per_token', 'describe_model', 'train_tokenizer', 'new_model', 'pick_device',
+           'supports_bf16', 'pick_dtype', 'kept_bits', 'quantized']
 
 # %% ../../nbs/core/038_architectures.ipynb #f9d41861
+import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -118,28 +119,38 @@ def _attention_widths(config: "PreTrainedConfig") -> tuple[int, int]:
     return heads * head_dim, (getattr(config, "num_key_value_heads", None) or heads) * head_dim
 
 
+def without_memory(
+    config: "PreTrainedConfig",  # of any decoder that transformers knows
+) -> "PreTrainedModel":  # on the device "meta": shapes and names, and no numbers
+    "A model of this config that takes no memory."
+    import torch
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    with torch.device("meta"):
+        return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](copy.deepcopy(config))  # not `from_config`, which DeepSpeed would spread
+
+
 def matmul_parameters(
-    config: "PreTrainedConfig",  # of a Llama-family decoder
+    config: "PreTrainedConfig",  # of any decoder that transformers knows
 ) -> int:  # weights that are multiplied with each token
-    "Weights of all matrix products for one token, output head included, embedding look-up excluded."
-    q, kv = _attention_widths(config)
-    block = config.hidden_size * (2 * q + 2 * kv) + 3 * config.hidden_size * config.intermediate_size
-    return config.num_hidden_layers * block + config.hidden_size * config.vocab_size
+    "Weights of all matrix products for one token, output head included, embedding look-up excluded; of experts those that a token takes."
+    import torch
+
+    layers = (module for module in without_memory(config).modules() if not isinstance(module, torch.nn.Embedding))
+    found = [weight for layer in layers for weight in layer.parameters(recurse=False) if weight.ndim > 1]
+    experts = getattr(config, "num_experts_per_tok", None) or 1
+    return sum(weight.numel() if weight.ndim == 2 else weight[0].numel() * experts for weight in found)
 
 
 def count_parameters(
-    config: "PreTrainedConfig",  # of a Llama-family decoder without biases
+    config: "PreTrainedConfig",  # of any decoder that transformers knows
 ) -> int:  # unique parameters; tied embeddings count once
-    "How many parameters a model of this config has, without building it."
-    head_dim = _attention_widths(config)[0] // config.num_attention_heads
-    qk_norm = 2 * head_dim if config.model_type.startswith("qwen3") else 0
-    norms = config.num_hidden_layers * (2 * config.hidden_size + qk_norm) + config.hidden_size
-    untied = 0 if config.tie_word_embeddings else config.hidden_size * config.vocab_size
-    return matmul_parameters(config) + norms + untied
+    "How many parameters a model of this config has, without the memory for it."
+    return sum(weight.numel() for weight in without_memory(config).parameters())
 
 
 def flops_per_token(
-    config: "PreTrainedConfig",  # of a Llama-family decoder
+    config: "PreTrainedConfig",  # of any decoder that transformers knows
     seq_length: int,  # tokens that attend to each other
     training: bool = True,  # forward and backward; False for the forward pass alone
 ) -> int:  # floating-point operations per token
@@ -152,7 +163,7 @@ def flops_per_token(
 
 # %% ../../nbs/core/038_architectures.ipynb #744f57ca
 def describe_model(
-    config: "PreTrainedConfig",  # of a Llama-family decoder
+    config: "PreTrainedConfig",  # of any decoder that transformers knows
 ) -> dict[str, Any]:  # for a manifest, a report or a table
     "The facts about a model that people ask for first."
     return {
@@ -161,7 +172,7 @@ def describe_model(
         "layers": config.num_hidden_layers,
         "hidden_size": config.hidden_size,
         "vocab_size": config.vocab_size,
-        "context_length": config.max_position_embeddings,
+        "context_length": getattr(config, "max_position_embeddings", None),
     }
 
 # %% ../../nbs/core/038_architectures.ipynb #76b309b2
@@ -243,17 +254,20 @@ def supports_bf16(
         return torch.backends.mps.is_macos_or_newer(14, 0)
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
-
+# %% ../../nbs/core/038_architectures.ipynb #e9c94013
 def pick_dtype(
     dtype: str,  # "auto", "float32", "bfloat16", "float16"
     device: str,  # as `pick_device` returns it
     stored: "torch.dtype | None" = None,  # the checkpoint's own
 ) -> "torch.dtype":  # of the weights
-    "The dtype of loaded weights: the checkpoint's own where the device computes with it fast, else fp32."
+    "The dtype of loaded weights: the checkpoint's own where the device computes with it fast, else fp32. Raises `ConfigError`."
     import torch
 
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype not in ("auto", *known):
+        raise ConfigError(f"model.dtype is '{dtype}'; it can be auto, {', '.join(known)}.")
     if dtype != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
+        return known[dtype]
     if stored == torch.float16 and device != "cpu":
         return torch.float16
     if stored in (torch.bfloat16, torch.float16) and supports_bf16(device):

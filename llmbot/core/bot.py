@@ -116,9 +116,9 @@ def bot_files(
 def hash_files(
     directory: str | Path,  # a bot's directory
 ) -> dict[str, str]:  # relative POSIX path -> sha256
-    "The sha256 of every file of a bot, apart from its manifest and its card."
+    "The sha256 of every file of a bot, apart from its own manifest and card; files of these names further down are files like others."
     root = Path(directory)
-    return {p.relative_to(root).as_posix(): file_digest(p) for p in bot_files(root) if p.name not in (MANIFEST, CARD)}
+    return {p.relative_to(root).as_posix(): file_digest(p) for p in bot_files(root) if p not in (root / MANIFEST, root / CARD)}
 
 
 def bot_digest(
@@ -255,17 +255,17 @@ def bot_writer(
     overwrite: bool = False,  # whether an existing bot may be replaced
 ) -> Iterator[Path]:  # a temporary directory to write into
     "Write a bot that appears at `dest` complete or not at all. Raises `BotError` where it cannot be written."
-    dest = Path(dest)
     check_destination(dest, overwrite)
-    remove_remains(dest)
-    tmp = Path(tempfile.mkdtemp(prefix=f".{dest.name}.", suffix=".partial", dir=dest.parent))
+    place = Path(dest).resolve()  # behind a link, which stays
+    remove_remains(place)
+    tmp = Path(tempfile.mkdtemp(prefix=f".{place.name}.", suffix=".partial", dir=place.parent))
     lock = _lock(tmp)
     try:
         tmp.chmod(0o777 & ~_umask())
         yield tmp
         flush_to_disk(tmp)
-        _swap_in(tmp, dest)
-        flush_to_disk(dest.parent, files=False)
+        _swap_in(tmp, place)
+        flush_to_disk(place.parent, files=False)
     except OSError as exc:
         raise storage_error(exc, dest) from exc
     finally:
@@ -364,7 +364,7 @@ def resolve_reference(
         if not hub_id or hub_id.count("/") > 1 or any(c.isspace() for c in hub_id):
             raise BotError(f"'{text}' is not a hub id. It should look like hf:Qwen/Qwen3-0.6B.")
         return Reference("hub", hub_id, hub_id.split("/")[-1])
-    path = Path(text).expanduser()
+    path = Path(os.path.expanduser(text))  # which leaves a ~name that is nobody's as it is
     root = Path(bots_dir) if bots_dir is not None else bots_directory()
     for candidate in (path, root / text):
         if candidate.is_dir():
@@ -377,7 +377,7 @@ def resolve_reference(
         return Reference("path", str(place.directory), text, str(place))
     names = [p.name for p in list_bots(root)] + registered_names(registry_directory())
     near = get_close_matches(text, names, n=1)
-    known = f"Bots in {root}: {', '.join(names)}." if names else f"There are no bots in {root} yet."
+    known = f"Bots in {root} or the registry: {', '.join(names)}." if names else f"There are no bots in {root} or the registry yet."
     hint = f"Did you mean '{near[0]}'?" if near else known
     raise BotError(f"No bot at '{text}'. {hint} A model of the Hugging Face hub is written hf:org/name.")
 

@@ -19,6 +19,7 @@ from .bot import CARD, MANIFEST, NEXT, bot_digest, read_manifest, storage_error
 from .errors import BotError, ConfigError
 from .model_card import model_card
 from .recipe import move_over, write_atomically, write_flushed
+from .registry_layout import place_of
 
 # %% ../../nbs/core/015_evaluations.ipynb #94dce172
 SUFFIX = ".evaluations.jsonl"
@@ -36,9 +37,7 @@ def is_registered(
     directory: str | Path,  # a bot
 ) -> bool:
     "Whether a bot lies in a registry, as a version with its record beside it."
-    path = Path(directory).resolve()
-    name, _, number = path.name.partition("@")
-    return number.isdigit() and path.parent.name == name and path.with_name(f"{path.name}.json").is_file()
+    return place_of(directory) is not None
 
 
 def read_evaluations(
@@ -108,7 +107,7 @@ def _into_file(path: Path, figures: Mapping[str, Mapping[str, Any]]) -> str:
 def _edited(card: Path, ours: str) -> bool:
     "Whether a person has changed a card. One that a killed process did not replace any more is older than the next one beside it."
     ready = card.with_name(NEXT[CARD])
-    if not card.is_file() or card.read_text(encoding="utf-8") == ours:
+    if not card.is_file() or card.read_text(encoding="utf-8", errors="replace") == ours:
         return False
     late = ready.is_file() and ready.stat().st_mtime_ns >= card.stat().st_mtime_ns
     return not (late and ready.read_text(encoding="utf-8") == ours)

@@ -33,7 +33,9 @@ def card_is_ours(
 ) -> bool:  # False for one that a person has changed, and for a bot without a manifest
     "Whether a bot's card is what llmbot made from its manifest."
     manifest, card = read_manifest(directory), directory / CARD
-    return manifest is not None and (not card.is_file() or card.read_text(encoding="utf-8") == model_card(asdict(manifest)))
+    if manifest is None or not card.is_file():
+        return manifest is not None
+    return card.read_text(encoding="utf-8", errors="replace") == model_card(asdict(manifest))
 
 
 def check_whole(

@@ -40,7 +40,7 @@ def code(
 
 def table(
     header: Sequence[str],
-    rows: Iterable[Sequence[Any]],  # plain values; text that is Markdown already is passed through `code` by the caller
+    rows: Iterable[Sequence[Any]],  # plain values, which are shown as they are
 ) -> str:
     "A Markdown table."
     lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]

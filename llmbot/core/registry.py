@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['write_json', 'copy_file', 'whoami', 'now', 'Record', 'read_record', 'all_files', 'locked', 'staging', 'stage_files',
-           'check_source', 'check_parent', 'register', 'commit', 'verify_version', 'verify_registry', 'parent_digests',
-           'needed_by', 'delete_version', 'remains', 'gc']
+           'check_source', 'made_from', 'check_parent', 'register', 'commit', 'verify_version', 'verify_registry',
+           'parent_digests', 'needed_by', 'delete_version', 'remains', 'gc']
 
 # %% ../../nbs/core/060_registry.ipynb #bc6131b4
 import getpass
@@ -181,6 +181,21 @@ def check_source(
     return manifest, is_adapter(source) and not is_export(source)
 
 
+def made_from(
+    source: Path,  # a bot
+    manifest: Manifest | None,  # its own
+) -> tuple[str | None, str | None]:  # reference and digest of its parent, as far as they are known
+    "What a bot was made from; raises `BotError` for an adapter that says of its base only where it lay."
+    if manifest is not None or not is_adapter(source) or is_export(source):
+        return (manifest.parent, manifest.parent_digest) if manifest else (None, None)
+    from llmbot.core.model_manager import find_base
+
+    if (base := find_base(source)).kind != "hub":
+        raise BotError(f"{source} has no {MANIFEST}, so its base {base.location} is known by its place alone, which may hold another bot "
+                       f"tomorrow. Make one bot of both, and register that: llmbot models merge {source} --output DIR")
+    return f"hf:{base.location}", None
+
+
 def check_parent(
     root: Path,  # a registry
     record: Record,  # about to be written
@@ -188,7 +203,7 @@ def check_parent(
     "Refuse an adapter whose base is neither registered nor on the hub. Raises `BotError`."
     if not record.needs_parent or (record.parent or "").startswith("hf:") or places_with_digest(record.parent_digest, root):
         return
-    raise BotError(f"{record.source} is an adapter of {record.parent or 'an unknown base'}, which is not in the registry {root}, and it "
+    raise BotError(f"{record.source} is an adapter of {record.parent}, which is not in the registry {root}, and it "
                    "cannot run without. Register its base first: llmbot models register BASE")
 
 # %% ../../nbs/core/060_registry.ipynb #aa92a541
@@ -212,6 +227,7 @@ def register(
     source = Path(found.location)
     name = check_name(name or (found.version or source.resolve().name).partition("@")[0])
     manifest, needs = check_source(source)
+    parent, digest = made_from(source, manifest)
     known = {d: p.directory / f for p in version_places(root, name) for f, d in read_record(p).files.items()}
     try:
         with staging(root, timeout_s) as work:
@@ -219,7 +235,6 @@ def register(
             if manifest is not None and (faults := verify_bot(work)):
                 raise BotError(f"{source} changed while it was copied: {', '.join(faults)}. Nothing was registered.")
             size = sum(path.stat().st_size for path in work.rglob("*") if path.is_file())
-            parent, digest = (manifest.parent, manifest.parent_digest) if manifest else (None, None)
             record = Record(name, 0, bot_digest(work), "", whoami(), origin or str(source.resolve()), note, parent, digest, needs, size,
                             files, license)
             with locked(root, timeout_s):
@@ -265,7 +280,10 @@ def verify_registry(
     "Verify every version, and that every alias means one."
     root, faults = root or registry_directory(), {}
     for place in all_places(root):
-        faults[str(place)] = verify_version(place)
+        try:
+            faults[str(place)] = verify_version(place)
+        except BotError as exc:  # a damaged record is a fault like others, and does not hide them
+            faults[str(place)] = [str(exc)]
     for name in registered_names(root):
         numbers = [place.number for place in version_places(root, name)]
         for alias, number in read_aliases(root, name)["aliases"].items():

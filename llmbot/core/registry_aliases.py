@@ -194,7 +194,7 @@ def alias_history(
 ) -> list[dict[str, Any]]:  # alias, from, to, when, by, action; the oldest first
     "How the aliases of a bot moved. Raises `BotError` when there is no such bot."
     root = root or registry_directory()
-    find_version(name, root)
+    find_version(check_name(name), root)
     return sorted([*read_aliases(root, name)["history"], *latest_history(root, name)], key=lambda moved: moved["when"])
 
 

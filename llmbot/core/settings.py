@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TYPES', 'BOUNDS', 'HIDDEN', 'T', 'STRICT', 'Fault', 'InvalidConfigError', 'expected', 'Setting', 'setting',
-           'settings_of', 'nearest_key', 'Conflict', 'refuse', 'changed', 'without_login', 'shorten', 'faults_of',
-           'section', 'import_object', 'broken']
+           'settings_of', 'nearest_key', 'Conflict', 'refuse', 'changed', 'is_url', 'without_login', 'shorten',
+           'faults_of', 'section', 'import_object', 'broken']
 
 # %% ../../nbs/core/002_settings.ipynb #43fc6549
 import dataclasses
@@ -159,6 +159,13 @@ def changed(
 HIDDEN = "********"
 _LOGIN = re.compile(r"(?<=://)[^/:@]*:.*@|(?<=http://)[^/@]+@|(?<=https://)[^/@]+@", re.DOTALL)
 _PARAMETER = re.compile(r"([?&][^=&]*(?:password|passwd|pwd|secret|token|api_?key)[^=&]*=)[^&]+", re.IGNORECASE)
+
+
+def is_url(
+    ref: object,  # what was given as a bot
+) -> bool:
+    "Whether it is a server's address, which some commands take in the place of a bot."
+    return str(ref).startswith(("http://", "https://"))
 
 
 def without_login(

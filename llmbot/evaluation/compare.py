@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.config import DataConfig, ModelConfig
 from ..core.errors import ConfigError, DataError
+from ..core.settings import is_url
 from .answers import Progress
 from .comparison import ComparedRow, Comparison, record_comparison
 from .evaluate import Asked, Asking, ask_questions, check_metrics, scorer
 from .judge import Judgement, Pair, judge_pairs
 from .measure import LIKELIHOOD
 from .questions import Question, fingerprint
-from .server import is_url
 from ..monitoring.bootstrap import CONFIDENCE, RESAMPLES, SEED, Difference, figure_difference, paired_difference
 from ..monitoring.text_metrics import get_metric
 from ..serving.engine_settings import RemoteSettings

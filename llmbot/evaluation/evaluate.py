@@ -20,13 +20,14 @@ from ..core.config import Config, DataConfig, ModelConfig
 from ..core.data_report import Loss
 from ..core.errors import BotError, ConfigError
 from ..core.model_manager import LoadedBot, context_length, load_bot
+from ..core.settings import is_url
 from .answers import Progress, Said, answers_from_backend, answers_in_batches, run_apart
 from .kept import Kept
 from .measure import LIKELIHOOD, measure
 from .questions import Question, Reading, fingerprint, read_questions
 from .recording import record_report
 from .report import AnsweredRow, EvaluationReport, GroupResult
-from .server import ChatServer, answers_from_server, is_url, open_server
+from .server import ChatServer, answers_from_server, open_server
 from .server_likelihood import measure_server
 from ..monitoring.bootstrap import CONFIDENCE, RESAMPLES, SEED, figure_interval, interval
 from ..monitoring.text_metrics import RowScore, exact_match, get_metric

@@ -18,10 +18,11 @@ from ..core.bot import bot_digest
 from ..core.config import ModelConfig
 from ..core.errors import DataError
 from ..core.model_manager import LoadedBot, context_length, load_bot
+from ..core.settings import is_url
 from .answers import Progress, answers_in_batches, run_apart
 from .kept import Kept
 from .questions import Question
-from .server import answers_from_server, is_url, open_server
+from .server import answers_from_server, open_server
 from ..monitoring.bootstrap import Interval, figure_interval, sign_test
 from ..serving.engine_settings import RemoteSettings
 

@@ -18,10 +18,10 @@ from pydantic import SecretStr
 from ..core.bot import resolve_reference
 from ..core.config import Config
 from ..core.evaluations import is_registered
+from ..core.settings import is_url
 from .comparison import Comparison
 from .html_report import save_html
 from .report import EvaluationReport
-from .server import is_url
 from ..monitoring.experiment_tracker import TRACKING, TrackedRun, TrackerGroup, create_trackers, identity
 
 # %% ../../nbs/evaluation/428_tracking.ipynb #15471287
