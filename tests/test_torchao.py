@@ -190,6 +190,8 @@ class TestSaved:
             export_onnx(saved, home / "export", precision="int8")
         with pytest.raises(ConfigError, match="saved in torchao_int8, and quantized weights cannot be trained by 'sft'"):
             train(recipes.recipe(home, recipes.chats(4, (1,)), **on(saved)))
+        with pytest.raises(ConfigError, match="saved in torchao_int8, and quantized weights cannot be trained by 'sft'"):
+            plan(recipes.recipe(home, recipes.chats(4, (1,)), **on(saved)))
         assert not (home / "export").exists()
 
     def test_an_adapter_can_be_trained_on_it_and_not_be_merged(self, home: Path, base: Path, saved: Path) -> None:

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PRESETS', 'DEFAULT_PRESET', 'PAD', 'START', 'END', 'MIN_VOCAB', 'BITS', 'Shape', 'depth_rule',
            'scratch_learning_rate', 'resolve_shape', 'qwen3_config', 'without_memory', 'matmul_parameters',
-           'count_parameters', 'flops_per_token', 'describe_model', 'train_tokenizer', 'new_model', 'pick_device',
-           'supports_bf16', 'pick_dtype', 'kept_bits', 'quantized']
+           'count_parameters', 'flops_per_token', 'kept_bits', 'describe_model', 'train_tokenizer', 'new_model',
+           'pick_device', 'supports_bf16', 'pick_dtype', 'quantized']
 
 # %% ../../nbs/core/038_architectures.ipynb #f9d41861
 import copy
@@ -162,10 +162,23 @@ def flops_per_token(
     return forward * (3 if training else 1)
 
 # %% ../../nbs/core/038_architectures.ipynb #744f57ca
+def kept_bits(
+    config: "PreTrainedConfig",  # of a saved or of a loaded model
+) -> str:  # "none", "nf4", "int8", "torchao_int8", or another format by its name, such as "gptq"
+    "The format that a model's weights are kept in."
+    found = getattr(config, "quantization_config", None) or {}
+    facts: dict[str, Any] = found if isinstance(found, dict) else found.to_dict()
+    method = facts.get("quant_method") or "none"
+    if method == "bitsandbytes":
+        return "nf4" if facts.get("load_in_4bit") else "int8"
+    return "torchao_int8" if "Int8WeightOnlyConfig" in str(facts.get("quant_type")) else str(getattr(method, "value", method))
+
+
 def describe_model(
     config: "PreTrainedConfig",  # of any decoder that transformers knows
 ) -> dict[str, Any]:  # for a manifest, a report or a table
     "The facts about a model that people ask for first."
+    kept = kept_bits(config)
     return {
         "architecture": (config.architectures or [config.model_type])[0],
         "parameters": count_parameters(config),
@@ -173,7 +186,7 @@ def describe_model(
         "hidden_size": config.hidden_size,
         "vocab_size": config.vocab_size,
         "context_length": getattr(config, "max_position_embeddings", None),
-    }
+    } | ({"quantization": kept} if kept != "none" else {})
 
 # %% ../../nbs/core/038_architectures.ipynb #76b309b2
 PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -275,18 +288,6 @@ def pick_dtype(
     return torch.float32
 
 # %% ../../nbs/core/038_architectures.ipynb #65745697
-def kept_bits(
-    config: "PreTrainedConfig",  # of a saved or of a loaded model
-) -> str:  # "none", "nf4", "int8", "torchao_int8", or another format by its name, such as "gptq"
-    "The format that a model's weights are kept in."
-    found = getattr(config, "quantization_config", None) or {}
-    facts: dict[str, Any] = found if isinstance(found, dict) else found.to_dict()
-    method = facts.get("quant_method") or "none"
-    if method == "bitsandbytes":
-        return "nf4" if facts.get("load_in_4bit") else "int8"
-    return "torchao_int8" if "Int8WeightOnlyConfig" in str(facts.get("quant_type")) else str(getattr(method, "value", method))
-
-
 BITS = {"nf4": 4.127, "int8": 8.0, "torchao_int8": 8.0}  # of a quantized weight with its share of the scales (nf4: QLoRA, section 3)
 
 

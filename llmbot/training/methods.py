@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BUILT_IN', 'METHODS', 'M', 'CPU_BF16_WIDTH', 'SHARDED', 'ADAPTER_RATE', 'TrainingRun', 'TrainingMethod',
            'register_method', 'method_names', 'import_method', 'get_method', 'settings_for', 'resolve_precision',
-           'asked_strategy', 'check_strategy', 'strategy_arguments', 'resolve_rate', 'training_arguments',
+           'asked_strategy', 'check_strategy', 'check_base', 'strategy_arguments', 'resolve_rate', 'training_arguments',
            'efficiency_arguments', 'reporting_arguments']
 
 # %% ../../nbs/training/200_methods.ipynb #5501865c
@@ -16,7 +16,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from ..core.architectures import supports_bf16
+from ..core.architectures import kept_bits, pick_device, supports_bf16
 from ..core.chat import ChatFormat
 from ..core.config import Config, TrainingConfig, method_settings, trains_adapter
 from ..core.data_examples import Kind
@@ -165,6 +165,18 @@ def check_strategy(
         require("deepspeed", "distributed")
     if strategy in SHARDED and quantization != "none":
         raise ConfigError(f"training.strategy is '{strategy}', which cannot take quantized weights apart. Use 'ddp'.")
+
+# %% ../../nbs/training/200_methods.ipynb #792000cd
+def check_base(
+    cfg: Config,  # the resolved config
+    config: "PreTrainedConfig",  # of its base
+) -> None:
+    "Raise `ConfigError` for a base that is saved in few bits, and so cannot be trained as a whole or be shared out."
+    kept = kept_bits(config)
+    if kept != "none" and not trains_adapter(cfg):
+        raise ConfigError(f"{cfg.model.base} is saved in {kept}, and quantized weights cannot be trained by '{cfg.training.method}': use "
+                          "'method: lora', which trains an adapter on them.")
+    check_strategy(asked_strategy(cfg.training.strategy), pick_device(cfg.model.device), kept)
 
 # %% ../../nbs/training/200_methods.ipynb #269f120a
 SHARDED = ("fsdp", "zero3")  # strategies under which no process holds all the weights

@@ -29,7 +29,7 @@ from ..core.errors import ConfigError
 from ..core.model_manager import load_bot, pick_device
 from ..core.parameters import Operations, Parameters, operations
 from ..core.peak_memory import PURPOSES, MemoryPlan
-from .methods import resolve_precision, settings_for
+from .methods import check_base, resolve_precision, settings_for
 from llmbot.training.outlook import (
     EFFICIENCY, MEASURED_EFFICIENCY, Batches, Change, Estimate, Judge, Outlook, answered, batches_of, more_passes,
 )
@@ -233,6 +233,7 @@ def look_at(
     batches = look_at_data(cfg, method.data_kind, ChatFormat(tokenizer))
     if cfg.model.base:
         config = load_bot(cfg.model.base, device="cpu", revision=cfg.model.revision).config
+        check_base(cfg, config)
         config.vocab_size = max(config.vocab_size, len(tokenizer))
     else:
         config = qwen3_config(cfg.model, -(-len(tokenizer) // 64) * 64)

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from transformers import set_seed
 
-from ..core.architectures import kept_bits
 from ..core.bot import Manifest, bot_digest, storage_error
 from ..core.chat import ChatFormat, attach_chat_template
 from ..core.config import Config, DataConfig, check_config, trains_adapter
@@ -41,7 +40,7 @@ from .energy import EnergyCallback
 from .launch import check_processes, run_directory, shared_directory, wrapping_check
 from .live import reachable
 from .lora_trainer import write_bot
-from .methods import TrainingMethod, TrainingRun, asked_strategy, check_strategy, get_method
+from .methods import TrainingMethod, TrainingRun, asked_strategy, check_base, check_strategy, get_method
 from .methods import resolve_rate, settings_for
 from .run_files import check_run_dir, clear_run
 from .run_tracking import begin_tracking, data_facts, end_tracking, make_callbacks
@@ -127,9 +126,7 @@ def make_model(
     dtype = m.dtype if trains_adapter(cfg) else "float32"
     base = load_bot(m.base, device=device, dtype=dtype, attn_implementation=m.attn_implementation, revision=m.revision,
                     quantization=m.quantization)
-    if (kept := kept_bits(base.config)) != "none" and not trains_adapter(cfg):
-        raise ConfigError(f"{m.base} is saved in {kept}, and quantized weights cannot be trained by '{cfg.training.method}': use "
-                          "'method: lora', which trains an adapter on them.")
+    check_base(cfg, base.config)
     model = whole_model(base)
     fresh = load_bot(m.base, device="cpu", revision=m.revision).tokenizer
     fit_chat_template(cfg, fresh, data_kind, model)
