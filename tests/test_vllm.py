@@ -8,6 +8,7 @@ import multiprocessing.forkserver
 import os
 import re
 import signal
+import weakref
 from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import aclosing
 from pathlib import Path
@@ -434,9 +435,21 @@ def test_a_head_that_the_cpu_kernels_lack_is_refused_before_the_start(tmp_path: 
 
 @pytest.mark.parametrize("name", ["base", "merged", "terse"])
 @pytest.mark.usefixtures("forked")
-def test_three_engines_say_the_same(folder: Path, name: str) -> None:
+def test_three_engines_say_the_same(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     "As `llmbot verify` compares them: a base, an adapter merged into it, and the adapter beside its base."
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    ended: list[weakref.ref[AsyncLLM]] = []
+    end = AsyncLLM.shutdown
+
+    def noted(engine: AsyncLLM, timeout: float | None = None) -> None:
+        ended.append(weakref.ref(engine))
+        end(engine, timeout)
+
+    monkeypatch.setattr(AsyncLLM, "shutdown", noted)
     report = check_parity(str(folder / name), ["torch", "onnx", "vllm"], prompts=6, max_new_tokens=24, device="cpu")
+    assert ended
+    assert [engine() for engine in ended] == [None] * len(ended)  # one that is left ends with the process, and with a traceback
     assert report.passed
     assert [side.name for side in report.sides] == ["torch, adapter beside its base"] * (name == "terse") + ["onnx fp32", "vllm"]
     for side in report.sides:

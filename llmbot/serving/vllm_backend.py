@@ -300,9 +300,10 @@ class EngineHolder:
         if engine is not None:
             if not engine.errored:
                 await engine.abort(list(self._asked))  # each reader is told
-            await asyncio.to_thread(engine.shutdown)
             if (reader := engine.output_handler) is not None:
-                await asyncio.wait({reader})  # was cancelled
+                reader.cancel()  # it would take the end of the engine's process for a crash
+                await asyncio.wait({reader})
+            await asyncio.to_thread(engine.shutdown)
             del engine, reader
             gc.collect()  # it refers to itself, and left until the process ends it fails with a traceback
 
