@@ -14,6 +14,7 @@ from tiny_bots import make_bot
 
 from llmbot.core.bot import Manifest, bot_digest
 from llmbot.core.config import Config, ModelConfig
+from llmbot.core.errors import ServingError
 from llmbot.core.model_manager import LoadedBot, load_bot, save_bot
 from llmbot.serving.adapter_switch import AdapterSwitch
 from llmbot.serving.backends import EngineDeadError, create_backend
@@ -57,14 +58,15 @@ asked = st.tuples(
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(asked, min_size=1, max_size=7), st.sampled_from([1, 3, 16, 64]), st.integers(5, 14), st.booleans(), st.data())
+@given(st.lists(asked, min_size=1, max_size=7), st.sampled_from([1, 3, 16, 64]), st.integers(5, 14), *[st.booleans()] * 2, st.data())
 def test_every_answer_is_what_it_is_alone(
-    bot: LoadedBot, requests: Sequence[Asked], chunk: int, blocks: int, keep: bool, data: st.DataObject
+    bot: LoadedBot, requests: Sequence[Asked], chunk: int, blocks: int, keep: bool, rounded: bool, data: st.DataObject
 ) -> None:
-    "Any arrival times, lengths, shared beginnings, pieces of prompts, cancellations and amounts of memory."
+    "Any arrival times, lengths, shared beginnings, pieces of prompts, cancellations and amounts of memory; rows filled up or not."
     switch, vocab = AdapterSwitch(bot), len(bot.tokenizer)
     batcher = Batcher(SharedBlocks(blocks, keep), PagedCache(cache_shape(bot.model), blocks), new_sampler(bot.model, bot.chat), switch)
     batcher.prefill_chunk = chunk
+    batcher.compiled = bot.model if rounded else None  # what stands for the model then gets the same rows, not compiled
     due: list[tuple[int, int | None, Task]] = []
     clock = 0
     for start, width, end, seed, wait, leave in requests:
@@ -231,6 +233,49 @@ def test_a_real_model_tells_its_story_in_a_crowd(shared: Path) -> None:
         await backend.stop()
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))])
+def test_a_compiled_step_answers_as_the_model_does(bot: LoadedBot, monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    "Captured whole, for all numbers of rows and all widths at once; on a GPU through inductor and CUDA graphs."
+    assert bot.path is not None
+    path, prompts, passes = bot.path, [tuple(range(10 + k, 12 + 5 * k)) for k in range(5)], []
+    real = torch.compile
+
+    def seen(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        passes.append(graph)
+        return graph.forward
+
+    if device == "cpu":  # inductor takes a minute, and what it makes of a graph is its own matter
+        monkeypatch.setattr(torch, "compile", lambda model, backend, **kwargs: real(model, backend=seen, fullgraph=True, dynamic=True))
+
+    async def main() -> None:
+        backend = create_backend("torch", str(path), Config(model=ModelConfig(device=device), engine={"compile": True}))
+        assert isinstance(backend, TorchBackend)
+        await backend.start()
+        made = len(passes)
+        assert not backend.capabilities().adapters
+        with pytest.raises(ServingError, match=r"engine\.compile=false to load adapters"):
+            await backend.load_adapter("a", "nowhere")
+        for some in (prompts, prompts[:1], prompts[:3]):
+            answers = await asyncio.gather(*(read(backend, ids) for ids in some))
+            assert [ids_of(a) for a in answers] == [alone(bot, ids, 20, None) for ids in some]
+        await backend.stop()
+        assert len(passes) == made == (2 if device == "cpu" else 0)  # for steps of 1 to 5 rows and of 2 to 4 blocks
+
+    asyncio.run(main())
+
+
+def test_a_step_that_computes_something_else_is_not_taken(bot: LoadedBot, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert bot.path is not None
+
+    def other(model: Any, **kwargs: Any) -> Any:
+        return lambda **inputs: model(**{**inputs, "position_ids": inputs["position_ids"] + 3})
+
+    monkeypatch.setattr(torch, "compile", other)
+    backend = backend_of(bot.path, compile=True)
+    with pytest.raises(ServingError, match="other tokens than the model itself"):
+        asyncio.run(backend.start())
 
 
 def test_blocks_are_counted_up() -> None:

@@ -9,8 +9,9 @@ __all__ = ['Result', 'Task', 'Places', 'Admission', 'Passes', 'Prefill', 'Batche
 import functools
 import itertools
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -150,19 +151,22 @@ class Passes(Admission):
     def __init__(self, pool: SharedBlocks, cache: PagedCache, sampler: BatchSampler, switch: AdapterSwitch) -> None:
         super().__init__(pool, cache, sampler)
         self.switch = switch
+        self.compiled: Callable[..., Any] | None = None  # takes the place of the model where answers go on; then there are no adapters
 
     def forward(self, tasks: Sequence[Task], new: int, keep: int) -> torch.Tensor:
         "Compute the next `new` tokens of tasks of one adapter: logits (rows, keep, vocabulary), or hidden states (1, new, size)."
         model = self.switch.model
         self.switch.use(tasks[0].request.adapter)
         ids = [task.ids[task.computed : task.computed + new] for task in tasks]
-        rows = Rows.of(ids, [task.computed for task in tasks], [task.table.blocks for task in tasks], model.device)
         going_on = tasks[0].computed >= tasks[0].prompt
+        rounded = going_on and self.compiled is not None
+        rows = Rows.of(ids, [task.computed for task in tasks], [task.table.blocks for task in tasks], model.device, rounded)
         inputs = paged_inputs(model, self.cache, rows, [task.table for task in tasks] if going_on else ())
         if tasks[0].embed:
             found: torch.Tensor = getattr(model, model.base_model_prefix)(**inputs).last_hidden_state
         else:
-            found = model(**inputs, logits_to_keep=keep).logits
+            compute = self.compiled if self.compiled and self.cache.in_lanes else model
+            found = compute(**inputs, logits_to_keep=keep).logits[: len(tasks)]
         for task in tasks:
             task.computed += new
         return found

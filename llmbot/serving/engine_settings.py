@@ -28,6 +28,15 @@ class TorchSettings:
     prefix_cache: bool = Field(default=True, description="Compute what prompts begin with in common once")
     threads: Size | None = Field(
         default=None, description="CPU threads of one step; unset: PyTorch's own number. On few cores, leave one to the API")
+    compile: bool = Field(
+        default=False, description="Compile the decoding step when the bot is loaded, and on a GPU record it as CUDA graphs. "
+        "Takes minutes, and adapters are refused; on a CPU it was slower")
+
+    @model_validator(mode="after")
+    def _refuse_conflicts(self) -> Self:
+        if self.compile and not self.batching:
+            refuse([Conflict(("batching", "compile"), "only the step of a batch is compiled: set one of them")])
+        return self
 
 # %% ../../nbs/serving/303_engine_settings.ipynb #37bfa959
 @section("engine")

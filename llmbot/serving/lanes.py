@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .kv_blocks import BLOCK
+from .kv_blocks import BLOCK, power_of_two
 
 # %% ../../nbs/serving/321_lanes.ipynb #913245a7
 class Places:
@@ -40,10 +40,10 @@ class LaneMemory(Places):
     ) -> None:
         super().__init__()
         self._pools, self._most, self._room = pools, most, 0
-        self._memory = [pool.new_empty(most, *pool.shape[1:]) for pool in pools]
+        self.memory = [pool.new_empty(most, *pool.shape[1:]) for pool in pools]
 
     def _copy(self, rows: torch.Tensor, tables: torch.Tensor, width: int) -> None:
-        for pool, memory in zip(self._pools, self._memory, strict=True):
+        for pool, memory in zip(self._pools, self.memory, strict=True):
             lanes = self._lanes(memory)
             blocks = pool.view(-1, BLOCK, *pool.shape[1:]).index_select(0, tables.flatten())
             lanes[:, :width].index_copy_(0, rows, blocks.view(len(rows), width, *pool.shape[1:]))
@@ -66,9 +66,9 @@ class Lanes(LaneMemory):
         if rows * width > self._most:
             self.owners = []
             return False
-        if width > self._room or rows * self._room > self._most:
-            roomy = 1 << (width - 1).bit_length()
-            self._room, self.owners = roomy if rows * roomy <= self._most else width, []
+        roomy = power_of_two(width)
+        if (room := roomy if rows * roomy <= self._most else width) != self._room:
+            self._room, self.owners = room, []
         had = self.owners
         new = [row for row, owner in enumerate(owners) if row >= len(had) or had[row] is not owner]
         if new:
@@ -84,6 +84,6 @@ class Lanes(LaneMemory):
         width: int,  # tokens of the longest row, in whole blocks
     ) -> torch.Tensor:  # (rows, width, heads, size): a view
         "Add one token to each row; return the rows."
-        lanes = self._lanes(self._memory[at])[: len(new)]
+        lanes = self._lanes(self.memory[at])[: len(new)]
         lanes[torch.arange(len(new), device=new.device), positions] = new
         return lanes[:, :width]

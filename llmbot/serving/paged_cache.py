@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['CPU_SHARE', 'GPU_SHARE', 'LANES_SHARE', 'unpageable', 'CacheShape', 'cache_shape', 'default_kv_tokens', 'Rows',
-           'PagedCache', 'paged_inputs', 'share_heads', 'check_paging']
+           'PagedCache', 'paged_inputs', 'share_heads', 'compile_step', 'check_paging']
 
 # %% ../../nbs/serving/322_paged_cache.ipynb #f4642ce6
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.masking_utils import sdpa_mask
 
 from ..core.errors import ServingError
-from .kv_blocks import BLOCK, blocks_for
+from .kv_blocks import BLOCK, blocks_for, power_of_two
 from .lanes import Lanes
 
 if TYPE_CHECKING:
@@ -96,10 +96,14 @@ class Rows:
         computed: Sequence[int],  # tokens of each row that are in the cache
         tables: Sequence[Sequence[int]],  # blocks of each row
         device: torch.device,
+        rounded: bool = False,  # rows and blocks up to a power of two, 2 at least, so that few shapes occur; the first row fills up
     ) -> "Rows":
         "Lay out rows."
         new = len(ids[0])
         width = max(blocks_for(done + new) for done in computed)
+        if rounded:
+            width, more = max(power_of_two(width), 2), max(power_of_two(len(ids)), 2) - len(ids)
+            ids, computed, tables = [*ids, *[ids[0]] * more], [*computed, *[computed[0]] * more], [*tables, *[tables[0]] * more]
         padded = torch.tensor([(list(t[:width]) + [0] * width)[:width] for t in tables])
         positions = torch.tensor(computed)[:, None] + torch.arange(new)
         slots = padded.gather(1, positions // BLOCK) * BLOCK + positions % BLOCK
@@ -130,7 +134,8 @@ class PagedCache(Cache):
     def begin(self, rows: Rows, owners: Sequence[object] = ()) -> None:
         "The next forward pass is for these rows; `owners` of rows that get one token each have them in lanes."
         self._rows, self._order = rows, rows.tables.flatten()
-        self._in_lanes = bool(owners) and self.lanes.begin(owners, rows.tables)
+        more = len(rows.ids) - len(owners)  # rows behind the last owner are the first one's again
+        self.in_lanes = bool(owners) and self.lanes.begin([*owners, *[owners[0]] * more], rows.tables)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -141,7 +146,7 @@ class PagedCache(Cache):
     def _through(self, at: int, new: torch.Tensor) -> torch.Tensor:
         pool, new = self.pools[at], new.transpose(1, 2).flatten(0, 1).to(self.pools[at].dtype)
         pool.index_copy_(0, self._rows.slots, new)
-        if self._in_lanes:
+        if self.in_lanes:
             return self.lanes.add(at, new, self._rows.positions[:, 0], self._rows.tables.shape[1] * BLOCK).transpose(1, 2)
         blocks = pool.view(-1, BLOCK * pool.shape[1] * pool.shape[2]).index_select(0, self._order)
         return blocks.view(len(self._rows.tables), -1, *pool.shape[1:]).transpose(1, 2)
@@ -190,6 +195,24 @@ def share_heads(model: "PreTrainedModel") -> None:
     if model.device.type == "cpu" and model.config._attn_implementation == "sdpa":
         model.set_attn_implementation(_SHARED_HEADS)
 
+# %% ../../nbs/serving/322_paged_cache.ipynb #f7ced7fb
+def compile_step(
+    model: "PreTrainedModel",
+    cache: PagedCache,  # whose memory it is compiled for
+    backend: str = "inductor",  # of `torch.compile`
+) -> Callable[..., Any]:  # called as the model is
+    "The model's forward pass, compiled when it is first called. Its logits are to be read before the next call."
+    for memory in (*cache.pools, *cache.lanes.memory):
+        torch._dynamo.mark_static_address(memory)
+    graphs = model.device.type == "cuda" and backend == "inductor"
+    compiled = torch.compile(model, dynamic=True, backend=backend, mode="reduce-overhead" if graphs else None)
+
+    def step(**inputs: Any) -> Any:
+        torch.compiler.cudagraph_mark_step_begin()
+        return compiled(**inputs)
+
+    return step
+
 # %% ../../nbs/serving/322_paged_cache.ipynb #1c4418ce
 @torch.inference_mode()
 def check_paging(
@@ -203,7 +226,7 @@ def check_paging(
     for row, block in ((ids[:-1], 1), (ids[:3], 2)):
         model(**paged_inputs(model, cache, Rows.of([row], [0], [[block]], model.device)), logits_to_keep=1)
     last = Rows.of([ids[6:7], ids[3:4]], [6, 3], [[1], [2]], model.device)
-    found = model(**paged_inputs(model, cache, last, (1, 2))).logits[:, -1].float()
+    found = model(**paged_inputs(model, cache, last, [1, 2])).logits[:, -1].float()
     expected = expected[[6, 3]]
     scale = float(expected.abs().max()) + 1e-6
     rounds = getattr(model, "quantization_method", None) == "bitsandbytes"  # LLM.int8 also rounds what goes through it
