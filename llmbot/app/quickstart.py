@@ -175,7 +175,7 @@ def prepare(
         seed = first
     else:
         seed = 42 if seed is None else seed
-        console.print(f"A first chatbot, in {home}: {', '.join(stages)}. {MINUTES}", highlight=False)
+        console.print(f"A first chatbot, in {home}: {', '.join(stages)}.{MINUTES * (len(stages) == len(STAGES))}", highlight=False)
         try:
             write_demo_data(home / "data", seed)
         except OSError as exc:
@@ -232,7 +232,7 @@ def quickstart(
     return conclude(home, rungs, started, console)
 
 # %% ../../nbs/app/520_quickstart.ipynb #13204d87
-MINUTES = "All three stages take about 7 minutes on two cores."
+MINUTES = " All three stages take about 7 minutes on two cores."
 
 
 def conclude(

@@ -171,7 +171,7 @@ def check_destination(
         raise BotError(f"Cannot write {dest}: it is a file. Choose another output directory.")
     if path.is_dir() and any(path.iterdir()) and not overwrite:
         raise BotError(f"{dest} exists already. Choose another output directory, or allow to replace it: training.overwrite=true "
-                       "in a recipe, --overwrite for 'llmbot models merge'.")
+                       "in a recipe, --overwrite for a command.")
     if path.is_dir() and any(path.iterdir()) and not is_bot(path):
         raise BotError(f"{dest} is not a bot, so it will not be overwritten. Choose another output directory.")
     try:
