@@ -416,7 +416,7 @@ def test_server_page(team: str, context: "BrowserContext") -> None:
     page.get_by_role("menuitem", name="bob").click()
     for name, state in (("Load", "loaded"), ("Unload", "unloaded")):
         page.get_by_role("button", name=name, exact=True).click()
-        page.get_by_role("row").filter(has_text="bob").filter(has_text=state).wait_for()
+        page.get_by_role("row").filter(has_text="bob").get_by_role("cell", name=state, exact=True).wait_for()
         assert httpx.get(f"{team}/stats", headers=user).json()["models"]["bob"]["state"] == state
 
 
