@@ -22,8 +22,8 @@ class TorchSettings:
 
     batching: bool = Field(default=True, description="Answers run as one batch; false: one at a time, through the model's own cache")
     kv_cache_tokens: Size | None = Field(
-        default=None, description="Tokens whose keys and values are kept; unset: all concurrent answers at full context, "
-        "at most half of the free memory (of a GPU's, four fifths)")
+        default=None, description="Tokens whose keys and values are kept, beside which half as many are laid side by side; "
+        "unset: all concurrent answers at full context, at most what half of the free memory holds (of a GPU's, four fifths)")
     prefill_chunk: Size = Field(default=256, description="Most prompt tokens computed between two tokens of the answers that run")
     prefix_cache: bool = Field(default=True, description="Compute what prompts begin with in common once")
     threads: Size | None = Field(

@@ -73,7 +73,7 @@ def default_kv_tokens(
     context_length: int,  # most tokens of one answer
     answers: int,  # that run together at most
 ) -> int:  # tokens
-    "Room for so many answers of full length, or what half of the free memory holds (of a GPU's, four fifths)."
+    "Room for so many answers of full length, or what half of the free memory holds (of a GPU's, four fifths), lanes included."
     if shape.device.type == "cuda":
         free = torch.cuda.mem_get_info(shape.device)[0] * GPU_SHARE
     else:
