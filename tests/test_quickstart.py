@@ -43,15 +43,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
     return home, json.loads(done.stdout)
 
 
-def test_no_row_is_lost(finished: tuple[Path, dict[str, Any]]) -> None:
-    "What is longer than the recipes allow would be left out, and the bot would not learn it."
-    home = finished[0] / "quickstart"
-    for bot, name in (("first-bot", "train"), ("skilled-bot", "subtraction"), ("friendly-bot", "preferences")):
-        (data,) = json.loads((home / bot / "llmbot.json").read_text())["data"]
-        written = (home / "data" / f"{name}.jsonl").read_text().splitlines()
-        assert data["rows"] == len(set(written))
-
-
 def test_it_learns(finished: tuple[Path, dict[str, Any]]) -> None:
     first = finished[1]["stages"]["sft"]
     assert first["correct"]["sums"] >= 0.95

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Literal
@@ -55,10 +55,13 @@ def leave_with_parent() -> None:
 def carry_out(
     outlet: Connection,  # takes ("progress", done, in all), and at last ("result", value) or ("error", message)
     directory: str,  # where the work is done
+    environment: Mapping[str, str],  # of the process that wants it; the one that this was forked from may have begun with another
     work: Callable[..., Any],  # its first argument is a `Tell`
     arguments: tuple[Any, ...],
 ) -> None:
     "What the process of a job does."
+    os.environ.clear()
+    os.environ.update(environment)
     threading.Thread(target=leave_with_parent, daemon=True).start()
     told = 0.0
 
@@ -138,7 +141,7 @@ class Job(Standing):
     ) -> None:
         super().__init__(title)
         self._inlet, outlet = multiprocessing.Pipe(duplex=False)
-        given = (outlet, str(Path(directory).resolve()), work, arguments)
+        given = (outlet, str(Path(directory).resolve()), dict(os.environ), work, arguments)
         self._process = job_context().Process(target=carry_out, args=given, daemon=True)
         threading.Thread(target=self._follow, args=(outlet,), name=f"job {title}", daemon=True).start()
 
