@@ -1,4 +1,4 @@
-"""What the process loads that forks the runs of `test_never_lost.py` and the kernels of the tutorials, before it forks the first."""
+"""What the process loads that forks the runs of `test_never_lost.py`, before it forks the first."""
 
 import gc
 import sys

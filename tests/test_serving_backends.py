@@ -178,59 +178,37 @@ def test_batches_equal_single_answers(tiny: Path) -> None:
         assert generate_batch(backend._bot.model, prompts, 30, stop, batch_size) == expected
 
 
+async def ends_unread(leaves: bool, **seconds: float) -> bool:
+    "Whether the chunks of a stream are closed whose client stops reading at once, and then leaves or stays."
+    closed, writing = [], asyncio.Event()
+
+    async def chunks() -> Any:
+        try:
+            while True:
+                yield Chunk("word ")
+        finally:
+            closed.append(True)
+
+    async def send(message: Any) -> None:
+        if message["type"] == "http.response.body":
+            writing.set()
+            await asyncio.Event().wait()  # the socket's buffer is full
+
+    async def receive() -> Any:
+        await (writing if leaves else asyncio.Event()).wait()
+        return {"type": "http.disconnect"}
+
+    stream = chunks()
+    response = EventStream(await anext(stream), stream, lambda chunk: [{"text": chunk.text}], **seconds)
+    await asyncio.wait_for(response({"type": "http", "asgi": {"spec_version": "2.3"}}, receive, send), 20)
+    return closed == [True]
+
+
 def test_a_stream_is_closed_when_its_reader_leaves_in_the_middle_of_a_write() -> None:
     "A client that stops reading blocks the write; when it then disconnects, the chunks must be closed at once."
-
-    async def main() -> None:
-        closed, writing = [], asyncio.Event()
-
-        async def chunks() -> Any:
-            try:
-                while True:
-                    yield Chunk("word ")
-            finally:
-                closed.append(True)
-
-        async def send(message: Any) -> None:
-            if message["type"] == "http.response.body":
-                writing.set()
-                await asyncio.Event().wait()  # the socket's buffer is full
-
-        async def receive() -> Any:
-            await writing.wait()
-            return {"type": "http.disconnect"}
-
-        stream = chunks()
-        response = EventStream(await anext(stream), stream, lambda chunk: [{"text": chunk.text}])
-        await response({"type": "http", "asgi": {"spec_version": "2.3"}}, receive, send)
-        assert closed == [True]
-
-    asyncio.run(main())
+    assert asyncio.run(ends_unread(leaves=True))
 
 
 def test_a_client_that_stays_and_reads_nothing_is_given_up() -> None:
     "Otherwise it would keep its place in the engine for as long as it likes."
-
-    async def main() -> None:
-        closed = []
-
-        async def chunks() -> Any:
-            try:
-                while True:
-                    yield Chunk("word ")
-            finally:
-                closed.append(True)
-
-        async def send(message: Any) -> None:
-            if message["type"] == "http.response.body":
-                await asyncio.Event().wait()  # the socket's buffer is full
-
-        async def receive() -> Any:
-            await asyncio.Event().wait()
-
-        stream = chunks()
-        response = EventStream(await anext(stream), stream, lambda chunk: [{"text": chunk.text}], ping_s=0.01, patience_s=0.01)
-        await asyncio.wait_for(response({"type": "http", "asgi": {"spec_version": "2.3"}}, receive, send), 20)
-        assert closed == [True]
-
-    asyncio.run(main())
+    assert asyncio.run(ends_unread(leaves=False, ping_s=0.01, patience_s=0.01))
