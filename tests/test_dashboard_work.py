@@ -251,7 +251,7 @@ def test_votes_train_a_bot_that_is_promoted(visit: "Callable[..., Page]", addres
         message.press("Enter")
         page.get_by_role("button", name="The left is better").click(timeout=WAIT)
         see(page, "Your vote is kept for DPO.")
-    votes = [json.loads(line) for line in (folder / "votes.jsonl").read_text().splitlines()]
+    votes = [json.loads(line) for line in (folder / "votes.jsonl").read_text().removesuffix("\n").split("\n")]  # answers may hold U+0085
     assert [row["prompt"][-1]["content"] for row in votes] == ["What is 1?", "What is 2?"]
 
     show(page, address, "train")
