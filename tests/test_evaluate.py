@@ -17,7 +17,9 @@ from llmbot.core.errors import BotError, ConfigError, DataError
 from llmbot.core.model_manager import load_bot, new_model, save_bot, train_tokenizer
 from llmbot.evaluation.compare import compare_bots
 from llmbot.evaluation.evaluate import evaluate_bot
+from llmbot.evaluation.html_report import comparison_page, evaluation_page
 from llmbot.evaluation.page import round_ends
+from llmbot.evaluation.recording import figures_of
 from llmbot.monitoring.text_metrics import corpus_metric, exact_match, get_metric, token_f1
 
 CPU = ModelConfig(device="cpu")
@@ -134,6 +136,24 @@ def test_rows_left_out_are_counted(bot: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="line 4"):
         evaluate_bot(bot, data, model=CPU, config=DataConfig(on_bad_row="raise"))
     assert evaluate_bot(bot, data, ["exact_match"], model=CPU, max_rows=2).rows == 2
+
+
+def test_one_row_has_no_interval(bot: str, tmp_path: Path) -> None:
+    "It is said in the report, on the page and in what a manifest would keep; for a group too, and for a difference."
+    data = write(tmp_path / "rows.jsonl", TALKS)
+    report = evaluate_bot(bot, data, ["exact_match", "distinct1", "perplexity"], model=CPU, max_rows=1, max_new_tokens=4)
+    said = "no interval of exact_match, perplexity: from one row alone none can be given"
+    assert (report.intervals, said in report.notes, said in evaluation_page(report)) == ({}, True, True)
+    kept = figures_of(report)[f"{report.split}/exact_match"]
+    assert ("interval" in kept, kept["settings"]["no_interval"]) == (False, ["exact_match", "perplexity"])
+    grouped = evaluate_bot(bot, data, ["exact_match"], model=CPU, max_rows=5, max_new_tokens=4, group_by="skill")
+    assert list(grouped.intervals) == ["exact_match"]
+    assert grouped.notes == ["no interval of exact_match, hard: from one row alone none can be given"]
+    pair = compare_bots(bot, bot, data, ["token_f1"], model=CPU, max_rows=1, max_new_tokens=4, resamples=20)
+    assert math.isnan(pair.differences["token_f1"].p_value)
+    assert "no interval and no p of the difference of token_f1: from one row alone none can be given" in comparison_page(pair)
+    pair.save(tmp_path / "pair.json")
+    assert json.loads((tmp_path / "pair.json").read_text())["differences"]["token_f1"]["interval"] == {"low": None, "high": None}
 
 
 def test_earlier_turns_and_system_prompt_are_part_of_the_question(bot: str, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Metrics and intervals against the libraries that the field quotes, scipy, and brute force."""
 
 import itertools
+import math
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from scipy.stats import bootstrap
 
 import llmbot.monitoring.generation_metrics  # noqa: F401  # registers its metrics
 from llmbot.core.errors import ConfigError
-from llmbot.monitoring.bootstrap import interval, paired_difference, percentiles
+from llmbot.monitoring.bootstrap import figure_difference, interval, paired_difference, percentiles
 from llmbot.monitoring.text_metrics import get_metric, text_metrics
 
 WORDS = st.lists(st.sampled_from(["the", "cat", "sat", "on", "a", "mat", "42", "It's", "naïve", "!"]), max_size=12).map(" ".join)
@@ -103,3 +104,24 @@ def test_paired_difference_is_that_of_scipy() -> None:
     assert (found.interval.low, found.interval.high) == pytest.approx((interval_.low, interval_.high), abs=0.02)
     draws = theirs.bootstrap_distribution
     assert found.p_value == pytest.approx(2 * min((draws <= 0).mean(), (draws >= 0).mean()), abs=0.03)
+
+
+@given(st.lists(st.floats(-1e6, 1e6) | st.sampled_from([math.inf, -math.inf, math.nan]), min_size=1, max_size=12))
+def test_percentiles_with_infinities(values: list[float]) -> None:
+    "As numpy has it where it interpolates nothing, and never NaN but for a NaN or between both infinities."
+    found = percentiles(values, 0.5)
+    if any(map(math.isnan, values)):
+        assert not found.known
+        return
+    below, above = (np.quantile(values, [0.25, 0.75], method=how) for how in ("lower", "higher"))
+    for end, low, high in zip((found.low, found.high), below, above, strict=True):
+        assert low - 1e-6 <= end <= high + 1e-6 or (math.isnan(end) and (low, high) == (-math.inf, math.inf))
+
+
+@pytest.mark.parametrize(("first", "second", "rows"), [(math.nan, 1.0, 9), (math.inf, math.inf, 9), (0.0, 1.0, 1)])
+def test_what_is_no_number_is_not_significant(first: float, second: float, rows: int) -> None:
+    found = figure_difference(lambda drawn: first, lambda drawn: second, rows)
+    assert math.isnan(found.p_value)
+    assert not found.interval.known
+    certain = figure_difference(lambda drawn: 0.0, lambda drawn: math.inf, 9)
+    assert (certain.interval.low, certain.p_value) == (math.inf, 2 / 1001)

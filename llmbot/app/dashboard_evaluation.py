@@ -25,6 +25,7 @@ from ..core.config import Config
 from ..core.errors import ConfigError, DataError
 from ..core.recipe import write_atomically
 from ..core.settings import is_url
+from ..monitoring.bootstrap import Interval
 from ..serving.backends import backend_names
 
 # %% ../../nbs/app/584_dashboard_evaluation.ipynb #96af8a6b
@@ -80,9 +81,11 @@ def figures_html(reports: Sequence[Mapping[str, Any]]) -> str:
 # %% ../../nbs/app/584_dashboard_evaluation.ipynb #589543fc
 def comparison_part(found: Mapping[str, Any]) -> str:
     "The difference of two bots, and the rows on which they differ most."
-    rows = [[name, f"{d['first']:.4g}", f"{d['second']:.4g}", f"{d['second'] - d['first']:+.4g}",
-             f"[{d['interval']['low']:.3g}, {d['interval']['high']:.3g}]", f"{d['p_value']:.3g}"]
-            for name, d in found["differences"].items()]
+    rows = []
+    for name, d in found["differences"].items():
+        around = Interval(**d["interval"])
+        p_value = f"{d['p_value']:.3g}" if around.known else ""
+        rows.append([name, f"{d['first']:.4g}", f"{d['second']:.4g}", f"{d['second'] - d['first']:+.4g}", str(around), p_value])
     head = ["metric", found["first"], found["second"], "difference", "95 % interval", "p"]
     shown = [[e["prompt"], e["reference"], e["first"], e["second"]] for e in found["examples"]]
     names = {"second wins": "wins", "loses": "losses", "equal": "ties", "left out": "left_out"}

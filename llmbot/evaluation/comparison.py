@@ -92,11 +92,14 @@ def comparison_lines(
     found: Comparison,
 ) -> tuple[list[list[str]], list[str]]:  # rows of the table, and notes
     "A comparison in words."
-    body = [[name, f"{d.first:.4g}", f"{d.second:.4g}", f"{d.value:+.4g}", str(d.interval), f"{d.p_value:.3g}"]
+    body = [[name, f"{d.first:.4g}", f"{d.second:.4g}", f"{d.value:+.4g}", str(d.interval), f"{d.p_value:.3g}" if d.interval.known else ""]
             for name, d in found.differences.items()]  # fmt: skip
     notes = [f"first: {found.first}; second: {found.second}; {found.rows} rows of {', '.join(found.data)}",
              f"by row, {found.settings['wins_by']}: the second wins {found.wins}, loses {found.losses}, {found.ties} equal, "
              f"sign test p = {found.p_value:.3g}"]  # fmt: skip
+    if bare := ", ".join(name for name, d in found.differences.items() if not d.interval.known):
+        why = "from one row alone none can be given" if found.rows == 1 else "in some resamples it is no number"
+        notes.append(f"no interval and no p of the difference of {bare}: {why}")
     if any(name in LIKELIHOOD for name in found.differences):
         notes.append("of loss, perplexity and bits_per_byte less is better")
     if found.judged:
@@ -152,7 +155,8 @@ def comparison_figures(
     for name, d in found.differences.items():
         ends = [d.interval.low, d.interval.high] if second else [-d.interval.high, -d.interval.low]
         values = (d.value, d.second, d.first) if second else (-d.value, d.first, d.second)
-        figure = dict(zip(("value", "this", "other"), values, strict=True)) | {"metric": name, "interval": ends, "p_value": d.p_value}
+        figure: dict[str, Any] = dict(zip(("value", "this", "other"), values, strict=True)) | {"metric": name}
+        figure |= {"interval": ends, "p_value": d.p_value} if d.interval.known else {"no_interval": [name]}
         figures[f"{name_of_rows(found.data, found.settings)}/{name}_over_{called}"] = plain(figure | about)
     return figures
 

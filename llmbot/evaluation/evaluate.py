@@ -26,7 +26,7 @@ from .kept import Kept
 from .measure import LIKELIHOOD, measure
 from .questions import Question, Reading, fingerprint, read_questions
 from .recording import record_report
-from .report import AnsweredRow, EvaluationReport, GroupResult
+from .report import AnsweredRow, EvaluationReport, GroupResult, without_interval
 from .server import ChatServer, answers_from_server, open_server
 from .server_likelihood import measure_server
 from ..monitoring.bootstrap import CONFIDENCE, RESAMPLES, SEED, figure_interval, interval
@@ -250,13 +250,13 @@ def measured(
         if metric in LIKELIHOOD:
             if metric in surprise:
                 found.metrics[metric] = surprise[metric]
-            if metric in surprise and len(flat) > 1:
-                found.intervals[metric] = figure_interval(likelihood_figure(metric, flat), len(flat))
+                around = figure_interval(likelihood_figure(metric, flat), len(flat))
+                found.intervals |= {metric: around} if around.known else {}
             continue
         known = get_metric(metric)
         found.metrics[known.name] = known.corpus(answers, references)
-        if known.resampled:
-            found.intervals[known.name] = interval(known, answers, references)
+        if known.resampled and (around := interval(known, answers, references)).known:
+            found.intervals[known.name] = around
     return found
 
 # %% ../../nbs/evaluation/410_evaluate.ipynb #9d307ff2
@@ -267,9 +267,12 @@ def _fill_in(report: EvaluationReport, metrics: Sequence[str], asked: Asked, par
         report.groups.append(measured(metrics, [asked.questions[i] for i in rows], said, [parts[i] for i in rows] if parts else [], name))
     everything = measured(metrics, asked.questions, asked.answers, parts)
     report.metrics, report.intervals = everything.metrics, everything.intervals
-    for metric in [get_metric(name) for name in metrics if name not in LIKELIHOOD]:
-        if metric.signature is not None:
-            report.settings[f"{metric.name}_signature"] = metric.signature()
+    of_answers = [get_metric(name) for name in metrics if name not in LIKELIHOOD]
+    report.settings |= {f"{metric.name}_signature": metric.signature() for metric in of_answers if metric.signature is not None}
+    resampled = [*LIKELIHOOD, *(metric.name for metric in of_answers if metric.resampled)]
+    report.notes += [line for group in (everything, *report.groups) for line in without_interval(group, resampled)]
+    if bare := [name for name in everything.metrics if name in resampled and name not in everything.intervals]:
+        report.settings["no_interval"] = bare
     if report.intervals:
         several = any(len(q.documents) > 1 for q in asked.questions)
         report.settings |= {"confidence": CONFIDENCE, "resamples": RESAMPLES, "seed": SEED,

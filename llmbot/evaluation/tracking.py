@@ -62,8 +62,10 @@ def numbers_of(found: EvaluationReport | Comparison) -> dict[str, float]:
         numbers = {**found.metrics, **ends, **groups, "rows": float(found.rows)}
     else:
         parts = (("", "value"), ("_first", "first"), ("_second", "second"), ("_p", "p_value"))
-        numbers = {f"{name}{end}": getattr(d, part) for name, d in found.differences.items() for end, part in parts}
-        numbers |= {f"{name}_{end}": getattr(d.interval, end) for name, d in found.differences.items() for end in ("low", "high")}
+        numbers = {f"{name}{end}": getattr(d, part) for name, d in found.differences.items() for end, part in parts
+                   if d.interval.known or part != "p_value"}
+        numbers |= {f"{name}_{end}": getattr(d.interval, end) for name, d in found.differences.items() if d.interval.known
+                    for end in ("low", "high")}
         numbers |= {"wins": found.wins, "losses": found.losses, "ties": found.ties, "rows": found.rows}
     return {f"evaluation/{name}": float(value) for name, value in numbers.items()}
 
