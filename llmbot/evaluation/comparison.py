@@ -108,7 +108,7 @@ def comparison_lines(
         notes.append(f"{found.left_out} rows were left out, since one of the two could not take them")
     return body, notes + [f"{name}: {value}" for name, value in found.settings.items() if name.endswith("_signature")] + found.notes
 
-
+# %% ../../nbs/evaluation/418_comparison.ipynb #5c1d7e90
 def comparison_table(found: Comparison) -> "Group":
     "Tables for rich: figures, and answers side by side."
     from rich.console import Group
