@@ -1,6 +1,8 @@
 """`/metrics` and `/stats` against what was asked for: the oracle is prometheus_client's parser and the usage in the answers."""
 
+import asyncio
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -20,6 +22,7 @@ from llmbot.core.settings import InvalidConfigError
 from llmbot.monitoring.metrics_logger import CUSTOM_METRICS, load_metrics, metric
 from llmbot.monitoring.resources import ResourceReader
 from llmbot.monitoring.serving_metrics import GPU_RESOURCES, RESOURCES, SERVING_METRICS, ServerMetrics
+from llmbot.serving import watching
 from llmbot.serving.api_server import running_server
 
 QUESTION = [{"role": "user", "content": "What is 12 + 30?"}]
@@ -253,3 +256,42 @@ def test_several_workers_are_one_page(tmp_path: Path) -> None:
     assert [page("num_requests_waiting", model_name="alice") for page in pages] == [2, 1]
     assert pages[0]("kv_cache_usage_perc", model_name="alice") == 0.5
     assert pages[0]("ready") == 1
+
+
+def test_a_worker_that_was_killed_leaves_the_page(tmp_path: Path) -> None:
+    "Its counters stay; its gauges go, also where its number was given to another process that runs now."
+    environment = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
+    killed, alive = workers = [subprocess.Popen([sys.executable, "-c", WORKER, str(count)], text=True, stdin=subprocess.PIPE,
+                                                stdout=subprocess.PIPE, env=environment) for count in (1, 2)]  # fmt: skip
+    for worker in workers:
+        assert worker.stdout is not None
+        assert worker.stdout.readline() == "ready\n"
+    killed.kill()  # and nobody waits for it yet: it is a zombie
+    [of_another] = tmp_path.glob(f"gauge_livesum_{killed.pid}.db")
+    shutil.copy(of_another, taken := tmp_path / f"gauge_livesum_{os.getpid()}.db")
+    os.utime(taken, (1e9, 1e9))
+    os.waitid(os.P_PID, killed.pid, os.WEXITED | os.WNOWAIT)
+    text, _ = alive.communicate("go\n", timeout=60)
+    killed.communicate(timeout=60)
+    page = Page({(s.name, frozenset(s.labels.items())): s.value for f in text_string_to_metric_families(text) for s in f.samples})
+    assert page("generation_tokens_total", model_name="alice") == 9
+    assert page("num_requests_waiting", model_name="alice") == 1
+    assert not [*tmp_path.glob(f"gauge_live*_{killed.pid}.db"), *tmp_path.glob(f"gauge_live*_{os.getpid()}.db")]
+
+
+def test_an_engine_is_looked_at_between_two_readings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    "Without a resource monitor too: this page may be read from another worker for hours."
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    monkeypatch.setattr(watching, "REFRESH_S", 0.01)
+
+    async def watched() -> None:
+        seen = asyncio.Semaphore(0)
+        loop = asyncio.get_running_loop()
+        watch = watching.Watch(Config(monitoring={"resource_interval_s": None, "trackers": []}), ServerMetrics(),
+                               lambda: loop.call_soon_threadsafe(seen.release) and None, dict)  # fmt: skip
+        await watch.begin()
+        for _ in range(3):
+            await asyncio.wait_for(seen.acquire(), 60)
+        await watch.end()
+
+    asyncio.run(watched())

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['logger', 'PREFIX', 'Kind', 'Merge', 'CUSTOM_METRICS', 'BUCKETS', 'F', 'FAILED', 'Instrument', 'workers_directory',
-           'Page', 'Ended', 'CustomMetric', 'metric', 'load_metrics', 'number_of', 'CustomMetrics', 'custom_summary']
+           'is_written', 'Page', 'Ended', 'CustomMetric', 'metric', 'load_metrics', 'number_of', 'CustomMetrics',
+           'custom_summary']
 
 # %% ../../nbs/monitoring/142_metrics_logger.ipynb #15df314f
 import logging
@@ -16,9 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import psutil
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import choose_encoder
-from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
+from prometheus_client.multiprocess import MultiProcessCollector
 
 from ..core.errors import ConfigError
 from ..core.settings import import_object
@@ -59,6 +61,18 @@ def workers_directory() -> Path | None:  # None: this process is the only one
     return Path(name) if name else None
 
 
+def is_written(
+    path: Path,  # of a worker's numbers
+    pid: int,  # the worker's
+) -> bool:
+    "Whether the worker that writes a file still runs."
+    try:
+        process = psutil.Process(pid)
+        return process.status() != psutil.STATUS_ZOMBIE and process.create_time() <= path.stat().st_mtime + 2  # seconds, for two clocks
+    except (psutil.NoSuchProcess, FileNotFoundError):
+        return False
+
+
 class Page:
     "What Prometheus reads."
 
@@ -72,6 +86,7 @@ class Page:
         "All metrics now, of all workers."
         registry = self.registry
         if self.shared is not None:
+            self._take_off(lambda path, pid: not is_written(path, pid))
             registry = CollectorRegistry()
             MultiProcessCollector(registry, str(self.shared))
         encode, media_type = choose_encoder(accept)
@@ -79,8 +94,13 @@ class Page:
 
     def close(self) -> None:
         "This worker has ended: its gauges are taken off the page."
-        if self.shared is not None:
-            mark_process_dead(os.getpid(), str(self.shared))
+        self._take_off(lambda path, pid: pid == os.getpid())
+
+    def _take_off(self, ended: Callable[[Path, int], bool]) -> None:
+        "Remove the gauges of workers that have ended; another worker may do so at the same time."
+        for path in self.shared.glob("gauge_live*_*.db") if self.shared is not None else ():
+            if ended(path, int(path.stem.rpartition("_")[2])):
+                path.unlink(missing_ok=True)
 
 # %% ../../nbs/monitoring/142_metrics_logger.ipynb #9751d0d3
 @dataclass(frozen=True)

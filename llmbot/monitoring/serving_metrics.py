@@ -9,6 +9,7 @@ __all__ = ['TOKEN_S', 'FIRST_S', 'REQUEST_S', 'TOKENS', 'MODEL', 'FINISHED', 'ST
 
 # %% ../../nbs/monitoring/144_serving_metrics.ipynb #535d4dd7
 import re
+import threading
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -151,7 +152,7 @@ class ServerMetrics:
         if self.page.shared is None:
             ProcessCollector(registry=self.registry)  # process_resident_memory_bytes and its like, as everywhere
         self.custom, self._codes = CustomMetrics(self.registry), Codes()
-        self._series, self.restarts = dict[str, Series](), dict[str, int]()
+        self._series, self.restarts, self.refreshing = dict[str, Series](), dict[str, int](), threading.Lock()
         self.made["build_info"].labels(version).set(1)
 
     def of(self, model: str) -> Series:
@@ -194,8 +195,14 @@ def refresh(
     ready: bool,
     engines: Iterable[tuple[str, str, int, float | None]],  # bot, state, restarts so far, share of the KV cache in use or None
 ) -> None:
-    "Set what is so at this moment."
-    metrics.made["ready"].set(ready)
+    "Set what is so at this moment; from any thread."
+    with metrics.refreshing:
+        _set_engines(metrics, engines)
+        metrics.made["ready"].set(ready)
+        metrics.custom.refresh()
+
+
+def _set_engines(metrics: ServerMetrics, engines: Iterable[tuple[str, str, int, float | None]]) -> None:
     gone = set(metrics.restarts)
     for name, state, restarts, kv in engines:
         series = metrics.of(name)
@@ -210,4 +217,3 @@ def refresh(
         metrics.of(name).state("")
         metrics.of(name).kv.set(0)
         del metrics.restarts[name]
-    metrics.custom.refresh()
