@@ -336,6 +336,50 @@ def test_what_a_tracker_did_not_take_is_sent_later(tmp_path: Path) -> None:
         send_again(tmp_path)
 
 
+class Unwritable(Down):
+    "A tracker that is away, beside a disk that takes neither the journal nor what waits."
+
+    up = False
+
+    def __init__(self, run: Any, settings: None) -> None:
+        for name in ("calls.jsonl", "unsent-unwritable.jsonl", "artifacts"):
+            (run.log_dir / "tracking").mkdir(exist_ok=True)
+            (run.log_dir / "tracking" / name).touch() if name == "artifacts" else (run.log_dir / "tracking" / name).mkdir()
+
+
+def test_a_disk_that_takes_nothing_ends_no_run(tmp_path: Path) -> None:
+    "One warning of each kind, and the count at the end; the bot is made."
+    register_tracker("unwritable")(Unwritable)
+    said = io.StringIO()
+    given = overrides(tmp_path, "bot", **{"monitoring.trackers": "[unwritable]", "training.max_steps": 3})
+    with pytest.warns(UserWarning, match="has calls waiting that the disk does not take") as warned:
+        found = train(load_config(None, given, env={}), console=Console(file=said, width=500))
+    texts = [str(w.message) for w in warned]
+    for part in ("has calls waiting that the disk does not take", "was not written into the trackers' journal", "artifact config was not"):
+        assert len([text for text in texts if part in text]) == 1, part
+    assert (found.bot / "llmbot.json").is_file()
+    for part in ("Tracker 'unwritable' did not take", "trackers' journal, from which a resumed run would tell it again: "):
+        assert part in said.getvalue(), part
+
+
+@pytest.mark.parametrize(("error", "status"), [(RuntimeError("broken"), "FAILED"), (KeyboardInterrupt(), "KILLED")])
+def test_how_a_run_ended(error: BaseException, status: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    "MLflow and W&B say so too."
+
+    def fail(*args: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("llmbot.training.trainer.train_under_control", fail)
+    given = overrides(tmp_path, "bot", **{"monitoring.trackers": "[mlflow, wandb]"})
+    with pytest.raises(type(error)):
+        train(load_config(None, given, env={}), console=QUIET)
+    [run] = mlflow_client(tmp_path).search_runs([e.experiment_id for e in mlflow_client(tmp_path).search_experiments()])
+    assert run.info.status == status
+    [record] = tmp_path.rglob("run-*.wandb")
+    codes = [r.exit.exit_code for r in wandb_history(record)[1] if r.WhichOneof("record_type") == "exit"]
+    assert codes == [1 if status == "FAILED" else 130]
+
+
 def test_the_command_sends_what_waits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     "MLflow's data base cannot be made while a run goes on: all of it waits, and `llmbot tracking sync` brings it, to the last value."
     blocked = tmp_path / "blocked"

@@ -101,6 +101,8 @@ def track(
     group.begin()
     try:
         _log(group, found, directory)
-    finally:
-        group.finish()
+    except BaseException:
+        group.finish("failed")
+        raise
+    group.finish()
     return group.unsent

@@ -17,6 +17,7 @@ from pydantic.dataclasses import dataclass
 
 from ..core.errors import require
 from ..core.settings import STRICT, section
+from .experiment_tracker import TrackedRun
 from .hosted_tracker import HostedSettings, HostedTracker
 from .mlflow_tracker import flat
 
@@ -37,6 +38,7 @@ SWITCHES += ["log_env_gpu", "log_env_host", "log_env_cpu", "log_env_network", "l
 class CometRecord:
     "What goes into an open experiment."
 
+    run: TrackedRun
     live: Any  # the open experiment
 
     def log_params(self, params: Mapping[str, Any]) -> None:
@@ -71,6 +73,7 @@ class CometRecord:
 
     def finish(self) -> None:
         "Send what is left, or write the archive."
+        self.live.log_other("outcome", self.run.outcome)
         self.live.end()
 
 # %% ../../nbs/monitoring/108_comet_tracker.ipynb #344ac94f

@@ -199,8 +199,8 @@ class MLflowFiles(MLflowRuns):
             self.client.log_artifact(self.id, path, mlflow_name(name))
 
     def finish(self) -> None:
-        "Mark the run as ended."
-        self.client.set_terminated(self.id)
+        "Mark the run as ended, and how."
+        self.client.set_terminated(self.id, {"finished": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}[self.run.outcome])
 
 # %% ../../nbs/monitoring/105_mlflow_tracker.ipynb #fc8c5926
 class MLflowTracker(MLflowFiles):

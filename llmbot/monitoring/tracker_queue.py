@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from ..core.errors import ConfigError
 from ..core.recipe import write_atomically
 
 # %% ../../nbs/monitoring/101_tracker_queue.ipynb #6b0416b8
@@ -141,8 +142,24 @@ class Holding:
 
     name: str
     backlog: Backlog
+    lost = 0  # calls that neither the tracker nor the disk took
     _queue: "queue.SimpleQueue[Call | None]"
     _warned = False
+
+    def _keep(self, calls: Sequence[Call], first: bool = False) -> None:
+        "Have calls wait on disk. What the disk does not take is lost, counted, and no reason to end the run."
+        try:
+            self.backlog.keep(calls, first)
+        except (OSError, ConfigError) as exc:
+            self.lost += len(calls)
+            self._warn(f"has calls waiting that the disk does not take ({exc})")
+
+    def _drain(self, send: Callable[[Call], None]) -> Exception | None:
+        "Send what waits on disk; why there is still something."
+        try:
+            return self.backlog.drain(send)
+        except (OSError, ConfigError) as exc:
+            return exc
 
     def _taken(self) -> list[Call]:
         "Empty the queue; the announcement of the end stays in it."
@@ -180,7 +197,7 @@ class Delivering(Holding):
         except Exception as exc:  # a tracker may raise anything, and none of it may end the run
             with self.backlog.lock:
                 if self._current is not None:
-                    self.backlog.keep([call, *self._taken()], first=self.backlog.waiting)
+                    self._keep([call, *self._taken()], first=self.backlog.waiting)
             self._retry_at = time.monotonic() + self.retry_s
             self._warn(f"failed in {call['method']} ({type(exc).__name__}: {exc})")
         self._current = None
@@ -201,10 +218,10 @@ class Carrying(Delivering):
         while (call := self._next()) is not None:
             if call:
                 self._deliver(call)
-            elif (error := self.backlog.drain(self._send)) is not None:
+            elif (error := self._drain(self._send)) is not None:
                 self._retry_at = time.monotonic() + self.retry_s
                 self._warn(f"fails ({error})")
-        self.backlog.drain(self._send)
+        self._drain(self._send)
         if self._started:
             try:
                 self.tracker.finish()
@@ -247,19 +264,19 @@ class Courier(Carrying):
                 return
             if not self.backlog.waiting:
                 self._warn("takes calls more slowly than they come")
-            self.backlog.keep([call])
+            self._keep([call])
 
     def close(
         self,
         timeout_s: float,  # longest time to wait for what is under way
-    ) -> int:  # calls that were not delivered; they are on disk
+    ) -> int:  # calls that were not delivered; they are on disk, but for those that are `lost`
         "Deliver what can be delivered in time, keep the rest, and end."
         self._queue.put(None)
         self._thread.join(timeout_s) if self._thread.is_alive() else None
         with self.backlog.lock:
             self._closed, current, self._current = True, self._current, None
             if left := [*([current] if current else []), *self._taken()]:
-                self.backlog.keep(left, first=True)
+                self._keep(left, first=True)
         if self._thread.is_alive():
             self._warn(f"did not end within {timeout_s:g} s")
-        return self.backlog.count()
+        return self.backlog.count() + self.lost

@@ -16,6 +16,7 @@ from pydantic.dataclasses import dataclass
 
 from ..core.errors import require
 from ..core.settings import STRICT, section
+from .experiment_tracker import TrackedRun
 from .hosted_tracker import HostedSettings, HostedTracker
 
 # %% ../../nbs/monitoring/107_wandb_tracker.ipynb #840886f9
@@ -30,6 +31,7 @@ class WandbSettings(HostedSettings):
 class WandbRecord:
     "What goes into an open run."
 
+    run: TrackedRun
     live: Any  # the open run
 
     def log_params(self, params: Mapping[str, Any]) -> None:
@@ -70,8 +72,8 @@ class WandbRecord:
         self.live.log_artifact(artifact)
 
     def finish(self) -> None:
-        "Close the record."
-        self.live.finish()
+        "Close the record; W&B calls a run failed that ends with another code than 0."
+        self.live.finish(exit_code={"finished": 0, "failed": 1, "stopped": 130}[self.run.outcome])
 
 # %% ../../nbs/monitoring/107_wandb_tracker.ipynb #c0a42478
 class WandbTracker(WandbRecord, HostedTracker):

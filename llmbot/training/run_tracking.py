@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['LIKELIHOOD', 'open_trackers', 'flops_share', 'make_callbacks', 'data_facts', 'report_facts', 'report_table',
-           'begin_tracking', 'end_tracking', 'send_again']
+           'begin_tracking', 'end_tracking', 'closing_trackers', 'send_again']
 
 # %% ../../nbs/training/229_run_tracking.ipynb #0fd8f930
+import contextlib
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,7 @@ from ..monitoring.tracker_queue import Backlog, read_calls
 from .callbacks import ProgressCallback, SampleCallback, TrackerCallback
 from .energy import EnergyCallback, EnergyMeter
 from .launch import run_directory
+from .live import last_word
 from .methods import SHARDED, TrainingRun, asked_strategy
 
 if TYPE_CHECKING:
@@ -156,16 +158,30 @@ def begin_tracking(
         group.log_table("data/report", ["what", "count"], report_table(facts), 0)
         group.log_artifact("data-report", run.run_dir / "data_report.json", copy=True)
 
-
+# %% ../../nbs/training/229_run_tracking.ipynb #4be0a9d1
 def end_tracking(
     run: TrainingRun,  # its bot is written
     bot: Path,  # where it is
-) -> None:
+) -> list[str]:  # what a person should know of it
     "Tell the trackers what came of the run, and close them."
     if run.tracker.trackers:
         run.tracker.log_artifact("history", run.run_dir / "history.json", copy=True)
         run.tracker.log_artifact("bot", bot, copy=run.config.monitoring.log_bot == "copy")
-    run.tracker.finish()
+    return run.tracker.finish()
+
+
+@contextlib.contextmanager
+def closing_trackers(
+    run: TrainingRun,
+    say: Callable[[str], None],  # tells a person
+) -> Iterator[None]:
+    "Where something ends the run in this block, close its trackers, tell them how it ended, and say what they did not take."
+    try:
+        yield
+    except BaseException as exc:
+        for line in run.tracker.finish("stopped" if last_word(exc)[0] == "interrupted" else "failed"):
+            say(line)
+        raise
 
 # %% ../../nbs/training/229_run_tracking.ipynb #0b8cebf2
 def send_again(

@@ -43,7 +43,7 @@ from .lora_trainer import write_bot
 from .methods import TrainingMethod, TrainingRun, asked_strategy, check_base, check_strategy, get_method
 from .methods import resolve_rate, settings_for
 from .run_files import check_run_dir, clear_run
-from .run_tracking import begin_tracking, data_facts, end_tracking, make_callbacks
+from .run_tracking import begin_tracking, closing_trackers, data_facts, end_tracking, make_callbacks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
@@ -302,10 +302,8 @@ def train(
         steering = ControlCallback(control, run.chat, method.data_kind != "text", getattr(trainer, "budget", None))
         live.watch(trainer, steering)
         seconds = take_steps(trainer, run, steering, checkpoint)
-        try:
+        with closing_trackers(run, say):
             return finish(trainer, run, baseline, seconds)
-        finally:
-            run.tracker.finish()
 
 # %% ../../nbs/training/230_trainer.ipynb #80597d74
 def take_steps(
@@ -320,10 +318,8 @@ def take_steps(
     trainer.add_callback(wrapping_check(trainer, asked_strategy(run.config.training.strategy)))
     started = time.monotonic()
     try:
-        train_under_control(trainer, steering, str(checkpoint) if checkpoint else None, trainer.say)
-    except BaseException:
-        run.tracker.finish()
-        raise
+        with closing_trackers(run, trainer.say):
+            train_under_control(trainer, steering, str(checkpoint) if checkpoint else None, trainer.say)
     finally:
         run.model.config.use_cache = True
     return time.monotonic() - started
@@ -371,7 +367,8 @@ def finish(
         if is_main():
             keep_json(run.run_dir / "history.json", trainer.state.log_history)
             write_bot(run, model, run_manifest(run, metrics), weights)  # last: a bot says that all is done
-    end_tracking(run, bot)
+    for line in end_tracking(run, bot):
+        trainer.say(line)
     rate = add_up([getattr(trainer, "tokens_seen", 0)])[0] / max(seconds, 1e-9)
     waited = getattr(trainer, "data_wait_share", None)
     return TrainingResult(bot, run.run_dir, metrics, trainer.state.global_step, seconds, rate, trainer.state.log_history, waited)
