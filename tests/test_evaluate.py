@@ -262,6 +262,7 @@ def test_bases_are_compared(bases: list[str], bot: str, tmp_path: Path) -> None:
     rows = write(tmp_path / "rows.jsonl", [{"prompt": f"What is {n} + 30?", "completion": f"It is {n + 30}."} for n in range(6)])
     found = compare_bots(bases[0], bot, rows, ["chrf"], model=CPU, layout="{prompt}\n", max_new_tokens=8, resamples=30)
     assert (found.rows, found.left_out) == (6, 0)
+    assert found.settings["layout"] == {"first": "{prompt}\n", "second": None}  # the one that has a template is asked by it
     texts = write(tmp_path / "texts.jsonl", [{"text": f"Once upon a time there were {n} bots. " * (n + 1)} for n in range(6)])
     found = compare_bots(*bases, texts, ["loss", "bits_per_byte"], model=CPU, resamples=200)
     one, two = (evaluate_bot(base, texts, ["loss", "bits_per_byte"], model=CPU).metrics for base in bases)

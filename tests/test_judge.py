@@ -1,6 +1,9 @@
 """Servers and judges over HTTP: a bot asked by its address, and judges with and without a liking for a place."""
 
+import json
+import shutil
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,16 +21,18 @@ from test_evaluate import CPU, TALKS, write
 from tiny_bots import make_bot
 
 from llmbot.core.config import Config, ModelConfig, ServingConfig
-from llmbot.core.errors import ConfigError, DataError
+from llmbot.core.errors import BotError, ConfigError, DataError
 from llmbot.evaluation.compare import compare_bots
 from llmbot.evaluation.evaluate import evaluate_bot
 from llmbot.evaluation.html_report import comparison_page
 from llmbot.evaluation.judge import Pair, judge_pairs
+from llmbot.evaluation.lm_eval import run_tasks
 from llmbot.evaluation.measure import LIKELIHOOD
 from llmbot.monitoring.bootstrap import sign_test
 from llmbot.serving.api_server import running_server
 from llmbot.serving.engine_settings import RemoteSettings
 from llmbot.serving.sampling_params import RequestError
+from llmbot.training.launch import free_port
 
 KEY = "sk-a-key-of-a-judge-1234567890"
 PAIRS = [Pair(f"Question {n}?", "", "x" * (5 + n), "y" * (5 + (n * 7) % 10)) for n in range(10)]
@@ -193,3 +198,44 @@ def test_a_server_by_its_address(bots: list[Path], tmp_path: Path) -> None:
 def test_the_sign_test_is_that_of_scipy(wins: int, losses: int) -> None:
     expected = scipy.stats.binomtest(wins, wins + losses).pvalue if wins + losses else 1.0
     assert sign_test(wins, losses) == pytest.approx(expected)
+
+
+def test_who_is_missing_is_found_before_anybody_is_asked(bots: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    "The second bot, the judge as a bot and as a server, a file of another run: no answer is computed for any of them."
+    rows = str(tmp_path / "rows.jsonl")
+    Path(rows).write_text(json.dumps({"prompt": "What is 1 + 1?", "completion": "2"}))
+
+    def never(*args: Any) -> Any:
+        raise AssertionError("a bot was asked")
+
+    monkeypatch.setattr("llmbot.evaluation.asking.answers_in_batches", never)
+    ask: dict[str, Any] = {"metrics": ["token_f1"], "model": ModelConfig(device="cpu")}
+    gone = f"http://127.0.0.1:{free_port()}/v1#judge"
+    with pytest.raises(BotError, match="No bot at"):
+        compare_bots(bots[0], tmp_path / "absent", rows, **ask)
+    with pytest.raises(BotError, match="No bot at"):
+        compare_bots(bots[0], bots[1], rows, judge=tmp_path / "absent", **ask)
+    with pytest.raises(RequestError, match="cannot be reached"):
+        compare_bots(bots[0], bots[1], rows, judge=gone, judge_settings={"retries": 0}, **ask)
+    (tmp_path / "kept.second.jsonl").write_text('{"key": {"bot": "another"}}\n')
+    with pytest.raises(ConfigError, match="answers of another run"):
+        compare_bots(bots[0], bots[1], rows, keep=tmp_path / "kept.jsonl", **ask)
+    with pytest.raises(AssertionError, match="was asked"):
+        compare_bots(bots[0], bots[1], rows, **ask)
+
+
+def test_a_chat_format_that_is_not_the_bots(bots: list[Path], tmp_path: Path) -> None:
+    "It is refused and not ignored: by evaluate, by compare, for the judge, and for tasks of lm_eval."
+    rows = str(tmp_path / "rows.jsonl")
+    Path(rows).write_text(json.dumps({"prompt": "What is 1 + 1?", "completion": "2"}))
+    other = shutil.copytree(bots[0], tmp_path / "other")
+    (other / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    own, chatml = (ModelConfig(device="cpu", chat_template=name) for name in ("own", "chatml"))
+    assert evaluate_bot(bots[0], rows, ["token_f1"], model=chatml, max_new_tokens=4).rows == 1
+    assert evaluate_bot(bots[0], rows, ["token_f1"], model=own, max_new_tokens=4).rows == 1
+    for work in (lambda: evaluate_bot(other, rows, ["token_f1"], model=chatml),
+                 lambda: compare_bots(bots[0], other, rows, ["token_f1"], model=chatml),
+                 lambda: compare_bots(bots[0], bots[1], rows, ["token_f1"], model=chatml, judge=other),
+                 lambda: run_tasks(other, tmp_path, ["x"], model=chatml, command=sys.executable)):  # fmt: skip
+        with pytest.raises(ConfigError, match="chat_template is 'chatml', and .*other has another one"):
+            work()

@@ -14,13 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.config import DataConfig, ModelConfig
 from ..core.errors import ConfigError, DataError
+from ..core.model_manager import LoadedBot
 from ..core.settings import is_url
 from .answers import Progress
 from .comparison import ComparedRow, Comparison, record_comparison
-from .evaluate import Asked, Asking, ask_questions, check_metrics, scorer
-from .judge import Judgement, Pair, judge_pairs
+from .asking import Asked, Asking, ask_all, prepared
+from .evaluate import check_metrics, scorer
+from .judge import Judgement, Pair, judge_pairs, open_judge
 from .measure import LIKELIHOOD
 from .questions import Question, fingerprint
+from .server import ChatServer
 from ..monitoring.bootstrap import CONFIDENCE, RESAMPLES, SEED, Difference, figure_difference, paired_difference
 from ..monitoring.text_metrics import get_metric
 from ..serving.engine_settings import RemoteSettings
@@ -106,14 +109,18 @@ def _rows(asked: Sequence[Question], said: Sequence[str], also: Sequence[str], m
         for q, a, b in zip(asked, first, second, strict=True)]
 
 # %% ../../nbs/evaluation/420_compare.ipynb #e205cb3b
-def _judged(judge: str | Path | None, rows: list[ComparedRow], engine: Mapping[str, Any], how: Asking,
-            keep: Path | None) -> Judgement | None:  # fmt: skip
+def _settings_of_both(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    "The settings of both; where they differ, what each of them has."
+    return {name: first.get(name) if first.get(name) == second.get(name) else {"first": first.get(name), "second": second.get(name)}
+            for name in {**first, **second}}  # fmt: skip
+
+
+def _judged(judge: LoadedBot | ChatServer | None, rows: list[ComparedRow], how: Asking, keep: Path | None) -> Judgement | None:
     "What a judge says, also row by row."
     if judge is None:
         return None
     pairs = [Pair(row.prompt, row.reference, row.first, row.second) for row in rows]
-    found = judge_pairs(judge, pairs, RemoteSettings(**engine), how.model, keep=_beside(keep, "judge"), fresh=how.fresh,
-                        progress=how.progress)  # fmt: skip
+    found = judge_pairs(judge, pairs, keep=_beside(keep, "judge"), fresh=how.fresh, progress=how.progress)
     for row, one in zip(rows, found.outcomes, strict=True):
         row.judged = one
     return found
@@ -151,15 +158,18 @@ def compare_bots(
     kept = Path(keep) if keep else None
     how = Asking(config or DataConfig(), model or ModelConfig(), backend, engine or {}, None, max_rows, max_new_tokens, batch_size, layout,
                  stop, window, stride, _beside(kept, "first"), fresh, progress, tokenizer)  # fmt: skip
-    one = ask_questions(first, data, bool(said_by), bool(surprise), how)
+    by = None if judge is None else open_judge(judge, RemoteSettings(**(judge_settings or {})), how.model)
+    one = prepared(first, data, bool(said_by), bool(surprise), how)
     again = dataclasses.replace(how, keep=_beside(kept, "second"), max_new_tokens=max_new_tokens or one.settings["max_new_tokens"])
-    two = ask_questions(second, data, bool(said_by), bool(surprise), again)
-    found = _compared(one, two, said_by, surprise, resamples, examples, how, kept, judge, judge_settings or {})
+    two = prepared(second, data, bool(said_by), bool(surprise), again)
+    _in_common(one, two)  # raises before anybody is asked
+    ask_all([(one, how), (two, again)], bool(said_by))
+    found = _compared(one, two, said_by, surprise, resamples, examples, how, kept, by)
     return record_comparison(found, (first, second)) if record else found
 
 # %% ../../nbs/evaluation/420_compare.ipynb #ba460e06
 def _compared(one: Asked, two: Asked, said_by: Sequence[str], surprise: Sequence[str], resamples: int, examples: int, how: Asking,
-              kept: Path | None, judge: str | Path | None, judge_settings: Mapping[str, Any]) -> Comparison:  # fmt: skip
+              kept: Path | None, judge: LoadedBot | ChatServer | None) -> Comparison:  # fmt: skip
     "The comparison of what two bots said."
     at, there, left_out = _in_common(one, two)
     asked = [one.questions[i] for i in at]
@@ -169,10 +179,11 @@ def _compared(one: Asked, two: Asked, said_by: Sequence[str], surprise: Sequence
     likely = _surprises(surprise, one, two, at, there, how.batch_size)
     found |= likelihood_differences(surprise, *likely, resamples)
     by, rows = _rows(asked, said, also, said_by, *likely)
-    judged = _judged(judge, rows, judge_settings, how, kept)
+    judged = _judged(judge, rows, how, kept)
     wins, losses = (sum(a < b for a, b in (r.scores for r in rows)), sum(a > b for a, b in (r.scores for r in rows)))
     apart = sorted((r for r in rows if r.first != r.second), key=lambda r: -abs(r.scores[1] - r.scores[0]))
-    settings = one.settings | {"resamples": resamples, "confidence": CONFIDENCE, "seed": SEED, "wins_by": by}
+    settings = _settings_of_both(one.settings, two.settings)
+    settings |= {"resamples": resamples, "confidence": CONFIDENCE, "seed": SEED, "wins_by": by}
     settings |= {f"{n}_signature": s() for n in said_by if (s := get_metric(n).signature) is not None}
     notes = [f"{a.kept.before} of {len(a.kept.found)} results of {a.name} were in {a.kept.path} already"
              for a in (one, two) if a.kept.before]  # fmt: skip

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PROMPT', 'Place', 'Outcome', 'Pair', 'judge_prompt', 'verdict', 'outcome', 'Judgement', 'summed_up', 'fit_judge',
-           'judge_pairs']
+           'open_judge', 'judge_pairs']
 
 # %% ../../nbs/evaluation/415_judge.ipynb #c14ea74d
 import hashlib
@@ -20,9 +20,10 @@ from ..core.errors import DataError
 from ..core.model_manager import LoadedBot, context_length, load_bot
 from ..core.settings import is_url
 from .answers import Progress, answers_in_batches, run_apart
+from .asking import check_template
 from .kept import Kept
 from .questions import Question
-from .server import answers_from_server, open_server
+from .server import ChatServer, answers_from_server, open_server
 from ..monitoring.bootstrap import Interval, figure_interval, sign_test
 from ..serving.engine_settings import RemoteSettings
 
@@ -158,11 +159,25 @@ def fit_judge(
                             f"{need}: take a judge with a longer one, or shorter answers (--max-new-tokens)")
 
 # %% ../../nbs/evaluation/415_judge.ipynb #c8defef7
-def judge_pairs(
+def open_judge(
     judge: str | Path,  # the address of a server, or a bot
-    pairs: Sequence[Pair],
     settings: RemoteSettings | None = None,  # of a server: the model's name, the key's variable, time limits
-    model: ModelConfig | None = None,  # of a bot: device, dtype, quantization
+    model: ModelConfig | None = None,  # of a bot: device, dtype, quantization, and the chat format that it must have
+) -> LoadedBot | ChatServer:
+    "Find a judge, before there is anything to judge. Raises `ConfigError`, `BotError` or `RequestError`."
+    if is_url(judge):
+        return open_server(str(judge), settings or RemoteSettings())
+    m = model or ModelConfig()
+    bot = load_bot(judge, device=m.device, dtype=m.dtype, attn_implementation=m.attn_implementation, quantization=m.quantization)
+    check_template(bot, f"the judge {bot.name}", m.chat_template)
+    return bot
+
+
+def judge_pairs(
+    judge: str | Path | LoadedBot | ChatServer,  # the address of a server, a bot, or one of them as `open_judge` gives it
+    pairs: Sequence[Pair],
+    settings: RemoteSettings | None = None,  # as in `open_judge`
+    model: ModelConfig | None = None,
     max_new_tokens: int = 256,  # of a verdict with its reasons
     keep: Path | None = None,  # JSON lines to which verdicts are added as they come
     fresh: bool = False,
@@ -173,15 +188,13 @@ def judge_pairs(
     prompts = [judge_prompt(pairs[row], swapped) for row in rows for swapped in (False, True)]
     questions = [Question("", "", messages=[{"role": "user", "content": prompt}]) for prompt in prompts]
     about = {"pairs": hashlib.sha256("\0".join(prompts).encode("utf-8", "surrogatepass")).hexdigest(), "max_new_tokens": max_new_tokens}
-    if is_url(judge):
-        server = open_server(str(judge), settings or RemoteSettings())
-        kept = Kept(keep, {"judge": f"{server.base} {server.name}", **about}, fresh)
-        name, said = server.name, run_apart(answers_from_server(server, questions, max_new_tokens, progress, kept))
+    who = open_judge(judge, settings, model) if isinstance(judge, str | Path) else judge
+    if isinstance(who, ChatServer):
+        kept = Kept(keep, {"judge": f"{who.base} {who.name}", **about}, fresh)
+        said = run_apart(answers_from_server(who, questions, max_new_tokens, progress, kept))
     else:
-        m = model or ModelConfig()
-        bot = load_bot(judge, device=m.device, dtype=m.dtype, attn_implementation=m.attn_implementation, quantization=m.quantization)
-        kept = Kept(keep, {"judge": bot_digest(bot.path) if bot.path else bot.reference.location, **about}, fresh)
-        fit_judge(bot, questions, max_new_tokens)
-        name, said = bot.name, answers_in_batches(bot, questions, max_new_tokens, 16, progress, kept)
+        kept = Kept(keep, {"judge": bot_digest(who.path) if who.path else who.reference.location, **about}, fresh)
+        fit_judge(who, questions, max_new_tokens)
+        said = answers_in_batches(who, questions, max_new_tokens, 16, progress, kept)
     words = {row: (said[2 * i][0], said[2 * i + 1][0]) for i, row in enumerate(rows)}
-    return summed_up(name, pairs, words)
+    return summed_up(who.name, pairs, words)
