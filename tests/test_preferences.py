@@ -2,7 +2,9 @@
 
 import copy
 import io
+import json
 import math
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -15,6 +17,7 @@ import torch
 from recipes import built, losses, on, sums, talk, train, watched, write
 from rich.console import Console
 from safetensors.torch import load_file
+from tiny_bots import make_bot
 from transformers import TrainerCallback
 
 from llmbot.core.chat import ChatFormat, attach_chat_template
@@ -292,6 +295,26 @@ def test_kto_separates_good_answers_from_bad_ones(tmp_path: Path, parent: Path) 
     again = recipe(tmp_path, **start, **{"training.output_dir": tmp_path / "again"})
     assert built(again, tmp_path / "again.run")[1].reference_computed == 0
     assert not list((tmp_path / "precomputed.run" / "checkpoints").glob("README*")), "TRL's model card is left out"
+
+
+@pytest.mark.parametrize("method", ["dpo", "kto"])
+def test_a_reference_of_another_config_is_not_taken(tmp_path: Path, method: str) -> None:
+    "The same weights under another epsilon or base of the rotations are another model; under another name they are not."
+    base = make_bot(tmp_path, "base")
+    rows = [{"prompt": r["prompt"], "completion": r[side], "label": side == "chosen"} for r in sums(4) for side in ("chosen", "rejected")]
+    given = {"training.method": method, **({"rows": rows} if method == "kto" else {})}
+
+    def computed(place: Path, name: str) -> int:
+        cfg = recipe(tmp_path, **(given | on(place) | {"training.output_dir": tmp_path / name}))
+        return int(built(cfg, tmp_path / f"{name}.run")[1].reference_computed)
+
+    assert computed(base, "first") > 0
+    assert computed(Path(shutil.copytree(base, tmp_path / "renamed")), "second") == 0
+    config = json.loads((base / "config.json").read_text())
+    rotations = config["rope_parameters"] | {"rope_theta": 100.0}
+    for change in ({"rms_norm_eps": 1e-2}, {"rope_parameters": rotations}):
+        (base / "config.json").write_text(json.dumps(config | change))
+        assert computed(base, f"with-{next(iter(change))}") > 0
 
 
 class Stop(TrainerCallback):

@@ -146,7 +146,7 @@ def kto_trainer_class(
 
     from llmbot.core.shared_work import SharedWork
     from llmbot.training.bot_trainer import ChosenWeights, ClockSchedule, CompleteCheckpoints, HonestEvaluation, Paced
-    from llmbot.training.preference_trainer import cached_reference, evaluating, weights_digest
+    from llmbot.training.preference_trainer import cached_reference, evaluating, model_digest
     from llmbot.training.safeguards import SafeTrainer
 
     mixins = (SafeTrainer, CompleteCheckpoints, ClockSchedule, ChosenWeights, Paced, HonestEvaluation, SharedWork)
@@ -162,8 +162,8 @@ def kto_trainer_class(
             return dataset.add_column("KL_completion_ids", answers)
 
         def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
-            weights = weights_digest(self.accelerator.unwrap_model(self.model))
-            logps = cached_reference(self, run, dataset, labelled_answers, weights)
+            reference = model_digest(self.accelerator.unwrap_model(self.model))
+            logps = cached_reference(self, run, dataset, labelled_answers, reference)
             return dataset.add_column("ref_logps", logps[:, 0].tolist()).add_column("ref_KL_logps", logps[:, 1].tolist())
 
         def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:

@@ -9,7 +9,6 @@ __all__ = ['TrainingResult', 'training_texts', 'make_tokenizer', 'fit_chat_templ
 
 # %% ../../nbs/training/230_trainer.ipynb #8e3fd6c3
 import itertools
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -34,7 +33,7 @@ from ..core.preflight import preflight
 from ..core.processes import add_up, is_main, join_processes, main_first
 from ..monitoring.experiment_tracker import check_trackers
 from .bot_trainer import served
-from .checkpoints import check_resume, keep_json, resume_point, run_record
+from .checkpoints import keep_json, resume_point
 from .control import ControlCallback, TrainingControl, train_under_control
 from .energy import EnergyCallback
 from .launch import check_processes, run_directory, shared_directory, wrapping_check
@@ -42,8 +41,9 @@ from .live import reachable
 from .lora_trainer import write_bot
 from .methods import TrainingMethod, TrainingRun, asked_strategy, check_base, check_strategy, get_method
 from .methods import resolve_rate, settings_for
-from .run_files import check_run_dir, clear_run
+from .run_files import check_run_dir, clear_run, get_json
 from .run_tracking import begin_tracking, closing_trackers, data_facts, end_tracking, make_callbacks
+from .same_run import check_resume, run_record
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
@@ -339,12 +339,12 @@ def heldout_metrics(
 def read_or_measure_baseline(
     trainer: "Trainer",  # before training
     run: TrainingRun,  # its run
-    resume: bool,  # the untrained model is gone: read what was measured then
+    resume: bool,  # take what was measured when the run began, where it is there
 ) -> dict[str, float]:  # empty without held-out rows
     "Held-out metrics of the model before its first step, kept in the run's directory."
     kept = run.run_dir / "baseline.json"
-    if resume and kept.is_file():
-        return json.loads(kept.read_text())
+    if resume and isinstance(found := get_json(kept), dict):
+        return found
     if run.data.validation is None:
         return {}
     metrics = heldout_metrics(trainer, run)
