@@ -45,25 +45,23 @@ def evaluate(
     record: bool,  # keep the figures with the bots, where gates read them
 ) -> dict[str, Any]:  # reports, and the comparison where there is one
     "The work: measure bots and keep it. Raises `DataError`, `ConfigError`, `BotError` and `RequestError`."
-    from llmbot.evaluation.compare import compare_bots
-    from llmbot.evaluation.evaluate import LIKELIHOOD, evaluate_bot
-    from llmbot.monitoring.text_metrics import get_metric
-
-    comparable = [name for name in metrics if name not in LIKELIHOOD and get_metric(name).resampled]
-    both = len(bots) == COMPARED and bool(comparable)
-    parts, reports = len(bots) + 2 * both, []
+    from llmbot.evaluation.compare import comparable, evaluate_both
+    from llmbot.evaluation.evaluate import evaluate_bot
 
     def part(number: int) -> Tell:
-        return lambda done, rows: tell(min(number * rows + done, parts * rows - 1), parts * rows)
+        return lambda done, rows: tell(min(number * rows + done, len(bots) * rows - 1), len(bots) * rows)
 
     asked: dict[str, Any] = {"config": cfg.data, "model": cfg.model, "backend": cfg.serving.backend, "engine": cfg.engine,
-                             "max_rows": max_rows, "max_new_tokens": max_new_tokens}  # fmt: skip
-    for number, bot in enumerate(bots):
-        reports.append(evaluate_bot(bot, data, metrics, **asked, group_by=group_by, progress=part(number), record=record).to_dict())
+                             "group_by": group_by, "max_rows": max_rows, "max_new_tokens": max_new_tokens, "record": record}  # fmt: skip
     found: dict[str, Any] = {"made": datetime.now().isoformat(" ", "seconds"), "bots": list(bots), "data": data,
-                             "backend": cfg.serving.backend, "reports": reports}  # fmt: skip
-    if both:
-        found["comparison"] = compare_bots(bots[0], bots[1], data, comparable, **asked, progress=part(len(bots))).to_dict()
+                             "backend": cfg.serving.backend}  # fmt: skip
+    if len(bots) == COMPARED and comparable(metrics):
+        first, second, difference = evaluate_both(bots[0], bots[1], data, metrics, **asked, progress=(part(0), part(1)))
+        reports = [first, second]
+        found["comparison"] = difference.to_dict()
+    else:
+        reports = [evaluate_bot(bot, data, metrics, **asked, progress=part(number)) for number, bot in enumerate(bots)]
+    found["reports"] = [report.to_dict() for report in reports]
     write_atomically(Path(keep), json.dumps(found, ensure_ascii=False, indent=1))
     return found
 
