@@ -101,16 +101,18 @@ def heldout_likelihood(
     was_training, device = model.training, next(model.parameters()).device
     model.eval()
     nll, tokens, text_bytes = 0.0, 0, 0
-    for batch in batches:
-        inputs = {name: value.to(device) for name, value in batch.items() if name not in ("labels", "use_cache")}
-        labels = batch["labels"].to(device)
-        with autocast():
-            logits = model(**inputs, use_cache=False).logits
-        nll += float(sum_nll(logits, labels))
-        targets = labels[:, 1:][labels[:, 1:] != -100]
-        tokens += targets.numel()
-        text_bytes += int(byte_lengths[targets.cpu()].sum())
-    model.train(was_training)
+    try:
+        for batch in batches:
+            inputs = {name: value.to(device) for name, value in batch.items() if name not in ("labels", "use_cache")}
+            labels = batch["labels"].to(device)
+            with autocast():
+                logits = model(**inputs, use_cache=False).logits
+            nll += float(sum_nll(logits, labels))
+            targets = labels[:, 1:][labels[:, 1:] != -100]
+            tokens += targets.numel()
+            text_bytes += int(byte_lengths[targets.cpu()].sum())
+    finally:
+        model.train(was_training)
     nll, *counts = pool([nll, tokens, text_bytes])
     tokens, text_bytes = (int(count) for count in counts)
     if not tokens:
