@@ -140,10 +140,39 @@ def test_assignments(value: str, name: str, quoting: str) -> None:
     assert redactor.text(json.dumps({"eos_token": "<|im_end|>"})) == json.dumps({"eos_token": "<|im_end|>"})
 
 
+@QUICK
+@given(before=WORDS.map(lambda s: s + " "), value=ALNUM, after=WORDS.map(lambda s: " " + s), data=st.data(),
+       name=st.sampled_from(["password", "api_key", "MY_API_KEY", "x-secret", "hf_token", "access-token", "DB_PASSWD"]))  # fmt: skip
+def test_names_in_free_text(before: str, value: str, after: str, data: st.DataObject, name: str) -> None:
+    "As an option, in YAML, in Python, in the repr of a dictionary, of bytes, and where an assignment is assigned."
+    long = f"{value} {value[::-1]}"  # in quotes, a value has spaces
+    plain = [f"--{name} {value}", f"{name}: {value}", f"{name} = {value}", f"note = {name}={value}", f"--{name}={value}"]
+    quoted = [f'--{name} "{value}"', f'{name} = "{long}"', f"{name}: '{long}'", f"{name}='{long}'", repr({"a": 1, name: long, "b": "c"}),
+              repr({name: f"it's {long}"}), repr({name: long.encode()})]  # fmt: skip
+    text = data.draw(st.sampled_from(plain + quoted))
+    shown = Redactor(env={}).text(before + text + after)
+    assert value not in shown
+    assert value[::-1] not in shown or value == value[::-1]
+    assert shown.startswith(before)
+    assert shown.endswith(after)
+    told = redact(before + text + after)
+    assert value not in told
+
+
+def test_what_only_sounds_like_a_secret() -> None:
+    "Counts and control tokens in values, in text, and in the messages of errors."
+    values = {"api_key_env": "OPENAI_API_KEY", "token_usage": {"prompt": 3}, "mask_token": "<mask>", "time_to_first_token": 0.1,
+              "text": "max_new_tokens: 512 and tokens = 7, tokenizer: bpe; the next token: Paris. A secret is told: nothing"}  # fmt: skip
+    assert Redactor(env={}).value(values) == values
+    for message in ("tokens: 512", "max_new_tokens=2048, num_key_value_heads: 8", "the row has 900 tokens: 512 fit"):
+        assert redact(message) == message
+    assert redact("tokens: abc") == "tokens=…"
+
+
 LONG = 300_000
 NASTY = ["a", "a-", "a.", "aa://", "?key", "&a=", "eyJ-", "eyJa.", "bearer ", "bearer  ", "-----BEGIN ", "-----BEGIN A PRIVATE KEY-----",
          '"a', '"password": "', "\\", "http://a", "http://a@", "authorization: ", "authorization:" + " " * 50, "secret=", "sk-", " ",
-         "'a "]  # fmt: skip
+         "'a ", "'a': 'b", "password ", "--token ", "a = ", "token:", "api_key", "'api_key' "]  # fmt: skip
 
 
 @pytest.mark.timeout(120)  # what takes time by the square of the length takes hours here
