@@ -1,6 +1,7 @@
 """Preferences: the data kinds, DPO against TRL and closed forms, the reference's cache, collapse, and mistakes told in time."""
 
 import copy
+import csv
 import io
 import json
 import math
@@ -315,6 +316,40 @@ def test_a_reference_of_another_config_is_not_taken(tmp_path: Path, method: str)
     for change in ({"rms_norm_eps": 1e-2}, {"rope_parameters": rotations}):
         (base / "config.json").write_text(json.dumps(config | change))
         assert computed(base, f"with-{next(iter(change))}") > 0
+
+
+def labelled_file(path: Path, rows: list[tuple[Any, ...]]) -> Path:
+    "Rows of prompt, completion and label as CSV or as JSON lines."
+    names = ("prompt", "completion", "label")
+    if path.suffix == ".jsonl":
+        return write(path, [dict(zip(names, row, strict=True)) for row in rows])
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([names, *rows])
+    return path
+
+
+@pytest.mark.parametrize(("good", "bad"), [("true", "false"), ("True", "False"), ("1", "0"), (True, False), (1, 0)])
+@pytest.mark.parametrize("form", ["csv", "jsonl"])
+def test_labels_are_read_however_they_are_written(tmp_path: Path, form: str, good: Any, bad: Any) -> None:
+    "In CSV, which knows text alone, and as numbers; what is neither is refused with its row."
+    rows = [(r["prompt"], r[side], good if side == "chosen" else bad) for r in sums(6) for side in ("chosen", "rejected")]
+    rows.append(("What?", "That.", "perhaps"))
+    path = labelled_file(tmp_path / f"labels.{form}", rows)
+    run, _ = built(recipe(tmp_path, rows=path, **{"training.method": "kto", "data.validation_split": 0}), tmp_path / "run")
+    assert sum(run.data.train["label"]) == len(run.data.train) / 2 == len(rows) // 2
+    [(reason, lost)] = run.data.report.dropped.items()
+    assert lost.count == 1
+    assert "true or false (or 1 or 0)" in reason
+    assert f"{len(rows) + (form == 'csv')}" in str(lost)
+
+
+def test_what_a_csv_calls_false_is_not_imitated(tmp_path: Path) -> None:
+    "Fine-tuning treats the word in a CSV file as the value in JSON."
+    for form, yes, no in (("csv", "true", "false"), ("jsonl", True, False)):
+        rows = [(r["prompt"], r[side], yes if side == "chosen" else no) for r in sums(6) for side in ("chosen", "rejected")]
+        path = labelled_file(tmp_path / f"labels.{form}", rows)
+        run, _ = built(recipe(tmp_path, rows=path, **{"training.method": "sft", "data.validation_split": 0}), tmp_path / f"run-{form}")
+        assert run.data.report.rows_kept == len(rows) // 2
 
 
 class Stop(TrainerCallback):

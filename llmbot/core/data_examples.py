@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Kind', 'TALK', 'SEVERAL', 'preferred', 'Fitting', 'unfit_for', 'unpaired', 'fit_text', 'fit_chat', 'fit_answers',
-           'fit_prompt', 'with_columns', 'UnusableRow', 'Fitted', 'examples_of', 'example_digest', 'prompt_group',
-           'held_out']
+           'fit_prompt', 'with_columns', 'UnusableRow', 'Fitted', 'format_of', 'examples_of', 'example_digest',
+           'prompt_group', 'held_out']
 
 # %% ../../nbs/core/024_data_examples.ipynb #8a988c06
 import hashlib
@@ -187,6 +187,19 @@ class Fitted:
 
 SEVERAL = {"oasst": "a tree of ranked replies, each question with two of them became a pair"}
 
+# %% ../../nbs/core/024_data_examples.ipynb #3f8c1b6d
+def format_of(
+    record: Mapping[str, Any],
+    config: DataConfig,
+    kind: Kind,  # what the method learns from
+) -> str:  # a key of FORMATS
+    "The format that the recipe names, or that the record shows; raises `DataError` when it has none."
+    if config.format != "auto":
+        return config.format
+    columns = dict(record), config.columns
+    labelled = kind == "labelled" and Columns(*columns).get("label", "kto_tag") is not None
+    return "preference" if labelled else recognise(*columns)
+
 # %% ../../nbs/core/024_data_examples.ipynb #0aa12dc9
 def examples_of(
     row: Row,
@@ -197,8 +210,7 @@ def examples_of(
     "What is to be learned from a row; raises `DataError` with the reason when that is nothing."
     if row.record is None:
         raise DataError(row.problem or "the row cannot be read")
-    columns = config.columns
-    format = recognise(row.record, columns) if config.format == "auto" else config.format
+    columns, format = config.columns, format_of(row.record, config, kind)
     if format == "prompt" and kind != "prompt":
         names = ", ".join(map(repr, row.record))
         raise UnusableRow(f"the row has a question and no answer: it has {names}; map other names with data.columns.", format)
