@@ -380,6 +380,58 @@ def test_how_a_run_ended(error: BaseException, status: str, tmp_path: Path, monk
     assert codes == [1 if status == "FAILED" else 130]
 
 
+SLOW = """
+import threading
+seen = []
+class Slow:
+    "A tracker that hangs at step 3, and cannot be told anything twice."
+    replays, hangs = False, True
+    def __init__(self, run, settings): pass
+    def start(self): pass
+    def log_metrics(self, metrics, step, time):
+        if self.hangs and step == 3: threading.Event().wait()
+        seen.append(step)
+    def finish(self): pass
+"""
+KILLED_EARLY = """
+import json, os, signal, sys, time
+from pathlib import Path
+from llmbot.monitoring.experiment_tracker import TRACKING, TrackedRun, create_trackers, identify
+import slow_tracker
+home = Path(sys.argv[1])
+run = TrackedRun(**identify(home, "bot", "sft"), log_dir=home, shared_dir=home.parent)
+group = create_trackers(["slow_tracker:Slow", "tensorboard"], run, home / TRACKING)
+group.begin()
+for step in range(1, 6): group.log_metrics({"train/loss": 1 / step}, step)
+while slow_tracker.seen != [1, 2]: time.sleep(0.01)
+print("hangs", flush=True)
+if sys.stdin.readline(): os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_a_killed_run_had_in_memory_is_sent_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    "Nothing waits on disk, and yet the journal has five steps: one tracker lacks three of them, the other may lack any."
+    (tmp_path / "slow_tracker.py").write_text(SLOW)
+    (home := tmp_path / "bot.run").mkdir()
+    (home / "config.yaml").write_text('monitoring: {trackers: ["slow_tracker:Slow", tensorboard]}')
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    with subprocess.Popen([sys.executable, "-c", KILLED_EARLY, str(home)], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                          env=environment) as process:  # fmt: skip
+        assert process.stdout is not None
+        assert process.stdout.readline() == "hangs\n"
+        with pytest.raises(TrainingError, match="still goes on"):
+            send_again(home)
+        process.communicate("now\n", timeout=60)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    import slow_tracker  # type: ignore[import-not-found]
+
+    monkeypatch.setattr(slow_tracker.Slow, "hangs", False)
+    assert send_again(home) == {"slow_tracker:Slow": (3, 0), "tensorboard": (5, 0)}
+    assert slow_tracker.seen == [3, 4, 5]
+    assert [step for step, _ in tensorboard_events(home, "bot")[0]["train/loss"]] == [1, 2, 3, 4, 5]
+    assert send_again(home) == {}
+
+
 def test_the_command_sends_what_waits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     "MLflow's data base cannot be made while a run goes on: all of it waits, and `llmbot tracking sync` brings it, to the last value."
     blocked = tmp_path / "blocked"

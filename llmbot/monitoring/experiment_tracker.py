@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['Outcome', 'TRACKING', 'TrackerFactory', 'TRACKERS', 'TrackedRun', 'identity', 'identify', 'Tracker',
            'register_tracker', 'find_tracker', 'check_trackers', 'Journal', 'clean_copy', 'Undaunted', 'Recorder',
-           'put_aside', 'unsent_file', 'prepare', 'Recording', 'Beginning', 'TrackerGroup', 'create_trackers']
+           'put_aside', 'unsent_file', 'prepare', 'lost_calls', 'Recording', 'Beginning', 'TrackerGroup',
+           'create_trackers']
 
 # %% ../../nbs/monitoring/102_experiment_tracker.ipynb #452e3f58
 import dataclasses
@@ -164,13 +165,12 @@ class Journal:
     def rewind(
         self,
         step: int | None,  # the last step that stays; None: a new run, whose journal is empty
-    ) -> tuple[list[Call], int]:  # what stays, and the last step that had been recorded
+    ) -> tuple[list[Call], list[Call]]:  # what stays, and all that had been recorded
         "Forget what a resumed run repeats."
         calls = read_calls(self.path)
-        last = max((call["step"] for call in calls if call["step"] is not None), default=-1)
         kept = [call for call in calls if step is not None and (call["step"] is None or call["step"] <= step)]
         write_calls(self.path, kept)
-        return kept, last
+        return kept, calls
 
 # %% ../../nbs/monitoring/102_experiment_tracker.ipynb #7c10da40
 def clean_copy(
@@ -283,14 +283,27 @@ def prepare(
     courier: Courier,  # not begun
     tracker: Tracker,  # the one that it serves
     kept: Sequence[Call],  # what the run has recorded up to where it goes on
-    last: int,  # the last step that had been recorded
+    calls: Sequence[Call],  # all that had been recorded
 ) -> int:  # the last step that the tracker must not be sent again
     "Make what waits for a tracker agree with the step at which a run goes on."
-    waiting = courier.backlog
-    again = kept if tracker.replays else [*read_calls(waiting.refused), *read_calls(waiting.path)]
-    waiting.replace(again)
-    waiting.refused.unlink(missing_ok=True)
-    return -1 if tracker.replays else last
+    lost, stays = lost_calls(courier, calls), set(map(id, kept))
+    waits = [*courier.backlog.calls(), *(call for call in lost if id(call) in stays)]
+    courier.backlog.replace(kept if tracker.replays else sorted(waits, key=lambda call: int(call.get("number", 0))))
+    courier.backlog.refused.unlink(missing_ok=True)
+    gone = set(map(id, lost))
+    had = (call["step"] for call in calls if call["step"] is not None and id(call) not in gone)
+    return -1 if tracker.replays else max(had, default=-1)
+
+
+def lost_calls(
+    courier: Courier,  # not begun
+    calls: Sequence[Call],  # the journal
+) -> list[Call]:  # in order
+    "What was in memory when the process was killed."
+    if (mark := courier.mark.read()) is None:
+        return []
+    known = {call.get("number") for call in courier.backlog.calls()}
+    return [call for call in calls if call.get("number", 0) > mark[0] and call["number"] not in known]
 
 # %% ../../nbs/monitoring/102_experiment_tracker.ipynb #80e4a2e7
 class Recording(Recorder):
@@ -298,7 +311,7 @@ class Recording(Recorder):
 
     couriers: dict[str, Courier]
     journal: Journal
-    _began = False
+    _began, _number = False, 0  # `_number`: of the newest call
     _had: dict[str, int]  # name -> last step that it must not be sent again
     _early: list[Call]  # made before `begin`
 
@@ -308,7 +321,8 @@ class Recording(Recorder):
             clean = self.redactor.value(args)
             if method == "log_metrics":
                 clean[0] = self.redactor.figures(args[0])
-            call = {"method": method, "args": clean, "step": step}
+            self._number += 1
+            call = {"method": method, "args": clean, "step": step, "number": self._number}
             self._pass_on(call) if self._began else self._early.append(call)
 
     def _pass_on(self, call: Call) -> None:
@@ -333,23 +347,25 @@ class Beginning(Recording):
             return
         if self.run is not None:
             self.run.resume_step = resume_step
-        kept, last = self._rewound(resume_step)
+        kept, calls = self._rewound(resume_step)
+        self._number += (newest := max([0, *(int(call.get("number", 0)) for call in calls)]))
         for name, tracker in self.trackers.items():
             try:
-                self._had[name] = prepare(self.couriers[name], tracker, kept, last)
+                self._had[name] = prepare(self.couriers[name], tracker, kept, calls)
+                self.couriers[name].mark.write(newest)
             except (OSError, ConfigError) as exc:
                 self.give_up(f"What waited for the tracker '{name}' could not be put in order", exc)
             self.couriers[name].begin()
         self._began = True
         for call in self._early:
-            self._pass_on(call)
+            self._pass_on(call | {"number": call["number"] + newest})
 
-    def _rewound(self, resume_step: int | None) -> tuple[list[Call], int]:
+    def _rewound(self, resume_step: int | None) -> tuple[list[Call], list[Call]]:
         try:
             return self.journal.rewind(resume_step)
         except (OSError, ConfigError) as exc:
             self.give_up("The trackers' journal could not be taken back to where the run goes on", exc)
-            return [], -1
+            return [], []
 
 # %% ../../nbs/monitoring/102_experiment_tracker.ipynb #20f73ecb
 class TrackerGroup(Beginning):

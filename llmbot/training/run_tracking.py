@@ -28,11 +28,11 @@ from ..core.model_manager import load_bot
 from ..core.processes import is_main
 from ..core.recipe import write_atomically
 from llmbot.monitoring.experiment_tracker import (
-    TRACKING, TrackedRun, TrackerGroup, create_trackers, identify, identity, unsent_file,
+    TRACKING, TrackedRun, TrackerGroup, create_trackers, identify, identity, lost_calls, unsent_file,
 )  # fmt: skip
 from ..monitoring.resources import ResourceMonitor, ResourceReader
 from ..monitoring.run_facts import run_facts, secrets_in
-from ..monitoring.tracker_queue import Backlog, read_calls
+from ..monitoring.tracker_queue import Backlog, Mark, read_calls
 from .callbacks import ProgressCallback, SampleCallback, TrackerCallback
 from .energy import EnergyCallback, EnergyMeter
 from .launch import run_directory
@@ -187,18 +187,23 @@ def closing_trackers(
 def send_again(
     run_dir: str | Path,  # of a run that is over
 ) -> dict[str, tuple[int, int]]:  # tracker -> calls that waited, and calls that still wait
-    "Send what trackers did not take. Raises `TrainingError` for a directory without a tracked run, and `ConfigError`."
+    "Send what trackers did not take, or lost with a killed run. Raises `TrainingError` without a run that is over, and `ConfigError`."
     home, recipe, who = Path(run_dir, TRACKING), Path(run_dir, "config.yaml"), identity(run_dir)
     if who is None or not recipe.is_file():
         raise TrainingError(f"{run_dir} holds no run that trackers know of: give the bot's directory with .run behind its name.")
     tree = read_recipe(recipe).tree  # the rest may want secrets that are not saved
     cfg = Config(**{section: tree[section] for section in ("monitoring", "tracker") if section in tree})
-    waited = {name: Backlog(unsent_file(home, name)).count() for name in cfg.monitoring.trackers}
-    names = [name for name, count in waited.items() if count]
     m = cfg.monitoring
+    marks = {name: Mark(unsent_file(home, name)).read() for name in m.trackers}
+    if any(mark and mark[1] for mark in marks.values()):
+        raise TrainingError(f"the run in {run_dir} still goes on, and sends what it can: wait for its end.")
+    names = [name for name, mark in marks.items() if mark or Backlog(unsent_file(home, name)).count()]
+    ended = (Path(run_dir, "history.json").is_file() or who.get("method") == "serving") and not any(marks.values())
     run = TrackedRun(**who, log_dir=Path(m.log_dir or run_dir), shared_dir=Path(m.log_dir or Path(run_dir).parent))
     group = create_trackers(names, run, home, cfg.tracker, m.tracker_wait_s)
-    steps = [call["step"] for call in read_calls(group.journal.path) if call["step"] is not None]
-    group.begin(max(steps, default=0))
-    group.finish()
+    calls = read_calls(group.journal.path)
+    waited = {name: len(calls) if marks[name] and group.trackers[name].replays else
+              len(courier.backlog.calls()) + len(lost_calls(courier, calls)) for name, courier in group.couriers.items()}  # fmt: skip
+    group.begin(max((call["step"] for call in calls if call["step"] is not None), default=0))
+    group.finish("finished" if ended else "stopped")
     return {name: (waited[name], group.unsent[name]) for name in names}
