@@ -1,6 +1,7 @@
 """A training method of one's own, by MODULE:CLASS: from a terminal, with its settings checked, stopped and resumed."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -9,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from recipes import ENV, LLMBOT, losses, talk, train, write
+from recipes import ENV, LLMBOT, losses, start, talk, train, write
+from rich.console import Console
 from safetensors.torch import load_file
 
 from llmbot.core.config_io import load_config
@@ -26,7 +28,9 @@ from pydantic.dataclasses import dataclass
 
 from llmbot.core.settings import STRICT, section
 from llmbot.training.bot_trainer import BotTrainer, bot_trainer
-from llmbot.training.methods import register_method
+from llmbot.training.methods import register_method, training_arguments
+from llmbot.core.packing import Collator
+from transformers import Trainer, TrainingArguments
 
 
 class SmoothTrainer(BotTrainer):
@@ -54,6 +58,14 @@ class Smooth:
 
 
 Registered = register_method(type("Registered", (Smooth,), {"name": "smooth_by_name"}))
+
+
+class Plain(Smooth):
+    Settings = None
+
+    def build(self, run):
+        args = TrainingArguments(**training_arguments(run))
+        return Trainer(run.model, args, Collator(run.tokenizer.pad_token_id or 0), run.data.train, callbacks=list(run.callbacks))
 
 
 class NoMethod:
@@ -179,3 +191,16 @@ def test_a_mistake_in_a_terminal_is_one_message(home: Path) -> None:
     assert (done.returncode, done.stdout) == (2, "")
     assert "recipe.yaml:11: method.smoothing: got 'much'" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_plain_trainer_is_refused_what_it_cannot_do(home: Path) -> None:
+    "And what it must do without is said."
+    (home / "recipe.yaml").write_text(RECIPE.replace("method:\n  smoothing: 0.2\n", "").replace("smooth:Smooth", "smooth:Plain"))
+    for setting in ("max_minutes=0.001", "auto_batch_size=true"):
+        with pytest.raises(ConfigError, match=f"training.{setting.partition('=')[0]} does nothing for 'smooth:Plain'"):
+            run(home, f"training.{setting}")
+    console = Console(record=True, width=300, file=open(os.devnull, "w"))  # noqa: SIM115
+    start(load_config(home / "recipe.yaml", ["data.validation_split=0", "training.output_dir=bots/plain"], env={}), console=console)
+    said = console.export_text()
+    assert "--resume takes none of its checkpoints" in said
+    assert "nothing stops it when it diverges" in said

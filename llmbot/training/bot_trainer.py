@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RESOLUTION', 'B', 'T', 'follow_clock', 'ClockSchedule', 'HonestEvaluation', 'EarlyStopping', 'AverageCallback',
            'ChosenWeights', 'choose_weights', 'Pace', 'Paced', 'supervised', 'BotTrainer', 'evaluate_rows', 'fuse_loss',
-           'served', 'managed', 'bot_trainer']
+           'served', 'unguarded', 'managed', 'bot_trainer']
 
 # %% ../../nbs/training/210_bot_trainer.ipynb #10e04524
 import time
@@ -20,6 +20,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, Traine
 from transformers.trainer_callback import PrinterCallback
 
 from ..core.batching import ChosenBatches, check_isolation, choose_batches
+from ..core.config import Config
 from ..core.errors import ConfigError
 from ..core.losses import chunk_loss, resolve_loss
 from ..core.packing import IGNORED, Collator
@@ -310,7 +311,7 @@ def fuse_loss(
         chunk_loss(run.model.get_base_model() if hasattr(run.model, "peft_config") else run.model)
     return loss
 
-
+# %% ../../nbs/training/210_bot_trainer.ipynb #2f4c8a17
 def served(
     trainer: T,  # of any method
     run: TrainingRun,  # its run
@@ -320,12 +321,27 @@ def served(
         ChosenWeights: ("freeze", "ema_decay", "keep_best", "early_stopping_patience"),
         ChosenBatches: ("group_by_length", "max_tokens_per_batch"),
         BotTrainer: ("fused_loss",),
+        ClockSchedule: ("max_minutes",),
+        SafeTrainer: ("auto_batch_size",),
     }
-    lost = [name for mixin, names in wanted.items() if not isinstance(trainer, mixin) for name in changed(run.config.training, *names)]
+    known = [mixin for mixin in wanted if isinstance(trainer, mixin) and getattr(trainer, "run", None) is run]
+    lost = [name for mixin, names in wanted.items() if mixin not in known for name in changed(run.config.training, *names)]
     if lost:
         method = run.config.training.method
-        raise ConfigError(f"training.{lost[0]} does nothing for '{method}', whose trainer does not take it: drop {', '.join(lost)}.")
+        raise ConfigError(f"training.{lost[0]} does nothing for '{method}', whose trainer does not take it: drop {', '.join(lost)}, or "
+                          "have the method return a `bot_trainer` (see the tutorial on methods of one's own).")
     return trainer
+
+
+def unguarded(
+    trainer: Trainer,  # of any method
+    cfg: Config,  # the recipe
+) -> str | None:  # None: it has all
+    "What a run must do without, whose method made a trainer without the mixins above."
+    lacks = {CompleteCheckpoints: "--resume takes none of its checkpoints and begins anew",
+             SafeTrainer: "nothing stops it when it diverges"}
+    found = [text for mixin, text in lacks.items() if not isinstance(trainer, mixin)]
+    return f"the trainer of '{cfg.training.method}' is one of its own: {', and '.join(found)}. Return a `bot_trainer`." if found else None
 
 # %% ../../nbs/training/210_bot_trainer.ipynb #6c058ce9
 def managed(

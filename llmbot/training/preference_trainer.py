@@ -41,6 +41,7 @@ from .bot_trainer import BotTrainer, bot_trainer
 from .callbacks import ProgressCallback
 from .lora_trainer import adapt
 from .methods import TrainingRun
+from .safeguards import memory_told
 
 # %% ../../nbs/training/218_preference_trainer.ipynb #156e6666
 def answer_row(prompt_ids: Sequence[int], answer: Sequence[int]) -> dict[str, list[int]]:
@@ -305,7 +306,8 @@ def cached_reference(
     found = read_reference(path, len(dataset))
     trainer.accelerator.wait_for_everyone()  # all have looked before the first one writes
     if found is None:
-        found = reference_of(trainer, [answers(row) for row in dataset])
+        with memory_told(trainer, dataset, "while the reference is computed"):
+            found = reference_of(trainer, [answers(row) for row in dataset])
         trainer.reference_computed += len(found)
         if trainer.accelerator.is_main_process:
             try:

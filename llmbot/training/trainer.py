@@ -32,7 +32,7 @@ from ..core.model_manager import context_length, load_bot, new_model, pick_devic
 from ..core.preflight import preflight
 from ..core.processes import add_up, is_main, join_processes, main_first
 from ..monitoring.experiment_tracker import check_trackers
-from .bot_trainer import served
+from .bot_trainer import served, unguarded
 from .checkpoints import keep_json, resume_point
 from .control import ControlCallback, TrainingControl, train_under_control
 from .energy import EnergyCallback
@@ -43,6 +43,7 @@ from .methods import TrainingMethod, TrainingRun, asked_strategy, check_base, ch
 from .methods import resolve_rate, settings_for
 from .run_files import check_run_dir, clear_run, get_json
 from .run_tracking import begin_tracking, closing_trackers, data_facts, end_tracking, make_callbacks
+from .safeguards import memory_told
 from .same_run import check_resume, run_record
 
 if TYPE_CHECKING:
@@ -294,6 +295,8 @@ def train(
                 clear_run(run_dir)  # a run that never began leaves nothing
             raise
         trainer.say = say
+        if warning := unguarded(trainer, cfg):
+            say(warning)
         with main_first():  # rank 0 puts damaged checkpoints aside, and the others find the same one
             checkpoint = resume_point(run_dir / "checkpoints", say) if resume else None
         if resume:
@@ -331,7 +334,8 @@ def heldout_metrics(
 ) -> dict[str, float]:  # without a prefix
     "What the trainer measures on held-out rows."
     if hasattr(trainer, "heldout_metrics"):
-        return trainer.heldout_metrics(run.data.validation)
+        with memory_told(trainer, run.data.validation, "in the evaluation before the training"):
+            return trainer.heldout_metrics(run.data.validation)
     found = {name.removeprefix("eval_"): value for name, value in trainer.evaluate(run.data.validation).items()}
     return {name: value for name, value in found.items() if name != "epoch" and not name.endswith(("runtime", "per_second"))}
 
