@@ -245,10 +245,14 @@ class Delivering(Holding):
             self._started = True
         getattr(self.tracker, call["method"])(*call["args"])
         if not self._closed:
-            try:
-                self.mark.write(int(call.get("number", 0)))
-            except OSError as exc:
-                self._warn(f"takes calls, and how many cannot be written down ({exc})")
+            self._note(lambda: self.mark.write(int(call.get("number", 0))))
+
+    def _note(self, change: Callable[[], None]) -> None:
+        "Change the mark. A disk that does not take that ends no run."
+        try:
+            change()
+        except OSError as exc:
+            self._warn(f"takes calls, and how many cannot be written down ({exc})")
 
 # %% ../../nbs/monitoring/101_tracker_queue.ipynb #0940a6b7
 class Carrying(Delivering):
@@ -320,5 +324,5 @@ class Courier(Carrying):
                 self._keep(left, first=True)
         if self._thread.is_alive():
             self._warn(f"did not end within {timeout_s:g} s")
-        self.mark.path.unlink(missing_ok=True)
+        self._note(lambda: self.mark.path.unlink(missing_ok=True))
         return self.backlog.count() + self.lost
