@@ -26,6 +26,7 @@ class Turn:
     note: str = ""  # tokens, speed, how it ended
     logprobs: list[Mapping[str, Any]] = field(default_factory=list)  # of an answer's tokens, where asked for
     good: bool | None = None  # the verdict on an answer
+    stopped: bool = False  # an answer that did not end by itself
 
 
 class ChatTree:
@@ -81,6 +82,11 @@ class Speaking:
         self.logprobs += piece.logprobs
         self.now = time.monotonic() - self.began
         self.first = self.first or self.now
+
+    @property
+    def stopped(self) -> bool:
+        "Whether it did not end by itself: it was stopped, or cut off at its longest."
+        return self.finish in ("", "length")
 
     def note(
         self,

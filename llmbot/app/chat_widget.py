@@ -20,7 +20,7 @@ from .answer_html import answer_html
 from .chat_source import Message, Sampling, Source, open_source
 from .chat_tree import ChatTree, Speaking, likelihood_html
 from .votes import Ballot
-from .widget_parts import Shown, ipywidgets, note
+from .widget_parts import Shown, ipywidgets
 from ..core.config import Config
 from ..core.errors import DataError
 
@@ -114,11 +114,7 @@ class ChatWidget(Shown):
     def text(self) -> str:
         "The conversation."
         said = [f"{self.tree.turns[i].role}: {self.tree.turns[i].text}" for i in self.tree.path()]
-        return "\n".join([f"ChatWidget with {self.source.name}", *said])
-
-    def failed(self, error: Exception) -> None:
-        "Show what went wrong."
-        self.said.value = note(str(error), "error")
+        return self.told(f"ChatWidget with {self.source.name}", *said)
 
     def wait(self) -> None:
         "Until the answer is complete: for a script."
@@ -141,10 +137,11 @@ def answer(
     number = widget.tree.add("assistant", "", question)
     turn = widget.tree.turns[number]
     widget.stop.clear()
-    widget.said.value, widget.halt.disabled, widget.send.disabled = "", False, True
+    widget.tell("")
+    widget.halt.disabled, widget.send.disabled = False, True
 
     def show(speaking: Speaking) -> None:
-        turn.text, turn.note, turn.logprobs = speaking.text, speaking.note(), speaking.logprobs
+        turn.text, turn.note, turn.logprobs, turn.stopped = speaking.text, speaking.note(), speaking.logprobs, speaking.stopped
         body.value = turn_html(widget, number)
 
     def work() -> None:
@@ -178,10 +175,10 @@ def judge(widget: ChatWidget, number: int, good: bool) -> None:
     "Keep a verdict on an answer. Raises `DataError`."
     turn = widget.tree.turns[number]
     about = {"bot": widget.source.name, "temperature": widget.settings.temperature.value}
-    made = widget.ballot.rate(widget.tree.messages(turn.parent, widget.settings.system.value), turn.text, good, about)
+    made = widget.ballot.rate(widget.tree.messages(turn.parent, widget.settings.system.value), turn.text, good, about, turn.stopped)
     turn.good = good
     pairs = f", and {made} pairs in {widget.ballot.votes.name}" if made else ""
-    widget.said.value = note(f"Kept in {widget.ballot.ratings.name}{pairs}.", "good")
+    widget.tell(f"Kept in {widget.ballot.ratings.name}{pairs}.", "good")
     draw(widget)
 
 

@@ -32,12 +32,22 @@ class Column:
         self.box = w.VBox([self.head, self.body, self.best], layout=w.Layout(flex="1 1 15em", border="1px solid #999", padding="6px"))
         self.source: Source | None = None
         self.answer, self.known = Speaking(), True  # whether it is told whose answer it is
+        self.problem = ""  # why there is no answer, or not all of it
 
     def show(self, speaking: Speaking) -> None:
         "Draw the answer as it stands."
         self.answer = speaking
         answer = f"{answer_html(speaking.text)}<small>{speaking.note(self.known)}</small>"
         self.body.value = f'<div class="llmbot-answer" style="overflow-wrap:anywhere">{answer}</div>'
+
+    def failed(self, error: Exception) -> None:
+        "Show what went wrong."
+        self.problem = str(error)
+        self.body.value = note(self.problem, "error")
+
+    def text(self) -> str:
+        "The answer, and what went wrong."
+        return f"{self.label}: {self.answer.text}{f' (failed: {self.problem})' if self.problem else ''}"
 
     def name(self, known: bool) -> None:
         "Say whose it is, or only its letter."
@@ -81,9 +91,9 @@ class CompareWidget(Shown):
 
     def text(self) -> str:
         "Prompt, answers and votes so far."
-        answers = [f"{column.head.value and column.label}: {column.answer.text}" for column in self.columns]
+        answers = [column.text() for column in self.columns if column.source]
         counted = ", ".join(f"{name} {count}" for name, count in self.wins.items()) or "none yet"
-        return "\n".join(["CompareWidget", *(m["content"] for m in self.prompt), *answers, f"votes: {counted}"])
+        return self.told("CompareWidget", *(m["content"] for m in self.prompt), *answers, f"votes: {counted}")
 
 # %% ../../nbs/app/557_compare_widget.ipynb #2d7d129e
 def compare(widget: CompareWidget, text: str) -> None:
@@ -94,7 +104,8 @@ def compare(widget: CompareWidget, text: str) -> None:
     system = widget.settings.system.value
     widget.prompt = [*([{"role": "system", "content": system}] if system.strip() else []), {"role": "user", "content": text}]
     widget.stop.clear()
-    widget.said.value, widget.halt.disabled, widget.send.disabled = "", False, True
+    widget.tell("")
+    widget.halt.disabled, widget.send.disabled = False, True
     left, sampling = Counter(running=len(order)), widget.settings.sampling()
     lock = threading.Lock()
 
@@ -102,14 +113,14 @@ def compare(widget: CompareWidget, text: str) -> None:
         try:
             speak(source, widget.prompt, sampling, column.show, widget.stop)
         except Exception as exc:
-            column.body.value = note(str(exc), "error")
+            column.failed(exc)
         with lock:
             left["running"] -= 1
             if not left["running"]:
                 all_have_answered(widget)
 
     for column, source in zip(widget.columns, order, strict=True):
-        column.source, column.answer, column.body.value = source, Speaking(), ""
+        column.source, column.answer, column.problem, column.body.value = source, Speaking(), "", ""
         column.name(known=not widget.blind.value)
     widget.threads = [threading.Thread(target=work, args=pair, daemon=True) for pair in zip(widget.columns, order, strict=True)]
     for thread in widget.threads:
@@ -133,7 +144,8 @@ def vote(
         if best and column is not best and best.source and column.source:
             about = {"chosen_bot": best.source.name, "rejected_bot": column.source.name, "blind": widget.blind.value}
             try:
-                append_vote(widget.votes, widget.prompt, best.answer.text, column.answer.text, about)
+                append_vote(widget.votes, widget.prompt, best.answer.text, column.answer.text, about,
+                            (best.answer.stopped, column.answer.stopped))  # fmt: skip
                 kept += 1
             except DataError as exc:
                 reasons.append(f"{column.label}: {exc}")
@@ -147,7 +159,7 @@ def vote(
     widget.tie.disabled = True
     counted = ", ".join(f"{name} {count}" for name, count in widget.wins.most_common())
     said = f"{kept} pairs kept in {widget.votes.name}. Votes: {counted}." if best else "No difference: nothing is kept."
-    widget.said.value = note("\n".join([said, *reasons]), "good" if kept else "")
+    widget.tell("\n".join([said, *reasons]), "good" if kept else "")
 
 
 def close(widget: CompareWidget) -> None:

@@ -58,7 +58,7 @@ def entry_of(
     acts = [Action("good", "Good answer", thumb is True), Action("bad", "Bad answer", thumb is False)]
     if position == len(messages) - 1:
         acts.append(Action("again", "Answer again"))
-    note = notes.get(position, "stopped" if messages[position].get("stopped") else "")
+    note = notes.get(position, "stopped early" if messages[position].get("stopped") else "")
     return Entry(str(position), who, [Side(answered_html(text), note=note)], acts)
 
 
@@ -83,7 +83,7 @@ class Said:
 
     text: str
     note: str  # tokens and speed
-    stopped: bool  # it was ended early
+    stopped: bool  # it did not end by itself
 
 
 async def follow(
@@ -103,7 +103,7 @@ async def follow(
                 await asyncio.sleep(0)
     note = pace_note(last, time.monotonic() - began, first) + ("" if last.finish_reason else " · stopped")
     show(Side(answered_html(text), label, note))
-    return Said(text, note, last.finish_reason is None)
+    return Said(text, note, last.finish_reason in (None, "length"))
 
 # %% ../../nbs/app/578_dashboard_chat.ipynb #26d95e5d
 @dataclass
@@ -240,13 +240,14 @@ async def turn(
     until: int | None = None,  # kept messages that stand above; None: all
 ) -> None:
     "Show a turn from its question to its end."
+    before = chat.talk.messages
     chat.view.param.update(busy=True, status="The bot is answering.")
     entry = Entry("live", "assistant", [Side("")])
     chat.draw((Entry("asked", "user", [Side(spoken(question))]), entry), until)
     try:
         said = await follow(chunks, lambda side: setattr(chat.view, "live", {"id": "live", "sides": [asdict(side)]}))
     except BaseException as exc:
-        part = bool(chat.talk.messages) and bool(chat.talk.messages[-1].get("stopped"))
+        part = chat.talk.messages is not before  # what came was kept
         told = "The answer was cut short." if part else "There is no answer."
         chat.view.param.update(busy=False, status=told if isinstance(exc, LLMBotError) else "")
         if not part:
@@ -304,7 +305,7 @@ async def rate(chat: Chat, id: str, good: bool) -> None:
     "A thumb on an answer."
     position = int(id)
     prompt, answer = chat.talk.messages[:position], str(chat.talk.messages[position]["content"])
-    pairs = await asyncio.to_thread(chat.ballot.rate, prompt, answer, good, about(chat))
+    pairs = await asyncio.to_thread(chat.ballot.rate, prompt, answer, good, about(chat), bool(chat.talk.messages[position].get("stopped")))
     chat.rated[position] = good
     chat.draw()
     chat.view.status = "Kept as a pair of a better and a worse answer." if pairs else "Kept."
@@ -354,7 +355,7 @@ async def choose(chat: Chat, better: int | None) -> None:
     try:
         if better is not None:
             meta = about(chat, chosen_bot=pair.names[number], rejected_bot=pair.names[1 - number])
-            await asyncio.to_thread(chat.ballot.vote, prompt, answer.text, other.text, meta)
+            await asyncio.to_thread(chat.ballot.vote, prompt, answer.text, other.text, meta, (answer.stopped, other.stopped))
             message += " Your vote is kept for DPO."
     finally:
         await keep(chat.talk, pair.question, answer.text, chat.sampling.settings(pair.names[number]), stopped=answer.stopped)

@@ -38,14 +38,16 @@ def tokenizer_of(
 
     made, left = Future[Any](), threading.Event()
 
-    def heard() -> None:
-        if left.is_set():
-            raise LeftError
+    def heard(texts: Iterator[str]) -> Iterator[str]:
+        for text in texts:
+            if left.is_set():
+                raise LeftError
+            yield text
 
     def work() -> None:
         try:
             with tempfile.TemporaryDirectory() as scratch:
-                made.set_result(make_tokenizer(cfg, Path(scratch), resume=False, told=heard))
+                made.set_result(make_tokenizer(cfg, Path(scratch), resume=False, through=heard))
         except BaseException as exc:  # raised where it is waited for
             made.set_exception(exc)
 

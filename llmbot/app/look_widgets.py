@@ -17,7 +17,7 @@ from .data_preview import inspect_data, keep_upload
 from .form_fields import form_fields
 from .run_records import RunRecord, Table, difference_table, find_runs, matches, metric_table, read_curves, smoothed, state_of
 from .training_widget import read_config
-from .widget_parts import CancelledError, Halt, Points, Shown, curve_svg, in_background, ipywidgets, note
+from .widget_parts import Halt, Points, Shown, curve_svg, in_background, ipywidgets, note
 from ..core.config import Config
 from ..core.errors import DataError, LLMBotError
 from ..core.preflight import PreflightReport, html_view, summary
@@ -43,7 +43,7 @@ class DataWidget(Shown):
         self.folder, self.upload = Path(folder), w.FileUpload(description="Upload", multiple=True, tooltip=f"At most {UPLOAD_MOST:,} bytes")
         self.look, self.said, self.report = w.Button(description="Look", button_style="primary"), w.HTML(), w.HTML()
         self.found: PreflightReport | None = None
-        self.halt = Halt(lambda words: setattr(self.said, "value", note(words)))
+        self.halt = Halt(self.tell)
         self.look.on_click(lambda _: in_background(self.inspect, self.failed))
         self.upload.observe(lambda change: take_upload(self, change["new"]), names="value")
         buttons = w.HBox([self.look, self.halt.button, self.upload])
@@ -56,17 +56,14 @@ class DataWidget(Shown):
             files = [line.strip() for line in self.files.value.splitlines() if line.strip()]
             data = replace(self.config.data, train=files, format=self.format.value, max_rows=self.rows.value or None)
             self.found = inspect_data(replace(self.config, data=data), told)
-        self.said.value, self.report.value = note(""), html_view(self.found)
-
-    def failed(self, error: Exception) -> None:
-        "Show what went wrong."
-        self.said.value = note(str(error), "" if isinstance(error, CancelledError) else "error")
+        self.report.value = html_view(self.found)
+        self.tell("")
 
     def text(self) -> str:
         "The figures and what was found, in lines."
         if self.found is None:
-            return f"DataWidget of {self.files.value or 'no files yet'}"
-        return "\n".join(["DataWidget", summary(self.found.data), *self.found.errors, *self.found.warnings])
+            return self.told(f"DataWidget of {self.files.value or 'no files yet'}")
+        return self.told("DataWidget", summary(self.found.data), *self.found.errors, *self.found.warnings)
 
 # %% ../../nbs/app/558_look_widgets.ipynb #eafec470
 UPLOAD_MOST = 7_000_000  # bytes of the files that are uploaded at once
@@ -88,7 +85,7 @@ def take_upload(
         widget.failed(exc)
     else:
         widget.files.value = "\n".join([*filter(None, [widget.files.value.strip()]), *map(str, kept)])
-        widget.said.value = note(f"Kept: {', '.join(map(str, kept))}.", "good")
+        widget.tell(f"Kept: {', '.join(map(str, kept))}.", "good")
     widget.upload.value = ()
 
 # %% ../../nbs/app/558_look_widgets.ipynb #fcf3197c

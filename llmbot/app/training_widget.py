@@ -12,8 +12,8 @@ from .data_preview import inspect_data
 from .form_fields import FormCheck
 from .live_run import LiveRun, start_run
 from .widget_form import RecipeForm
-from .widget_parts import Halt, Shown, in_background, ipywidgets, note
-from .widget_run import RunView, run_text
+from .widget_parts import Halt, Shown, in_background, ipywidgets
+from .widget_run import RunView
 from ..core.config import Config
 from ..core.config_io import load_config
 from ..core.errors import TrainingError
@@ -55,7 +55,7 @@ class TrainingWidget(Shown):
         self.go_on = w.Button(description="Go on", tooltip="Go on with the stopped run from its last checkpoint")
         for button, work in ((self.look, look_at_data), (self.start, begin), (self.go_on, go_on)):
             button.on_click(lambda _, work=work: in_background(lambda: work(self), self.failed))
-        self.said, self.report, self.halt = w.HTML(), w.HTML(), Halt(lambda words: setattr(self.said, "value", note(words)))
+        self.said, self.report, self.halt = w.HTML(), w.HTML(), Halt(self.tell)
         self.tabs = w.Tab(children=[self.form.box, self.report], titles=("Recipe", "Data"), selected_index=0)
         self.box = w.VBox([self.tabs, w.HBox([self.look, self.halt.button, self.start, self.go_on]), self.said, self.view.box])
         self.checked(self.form.check())
@@ -69,13 +69,9 @@ class TrainingWidget(Shown):
             if moved:
                 self.view.attach(run_of(self.config))
 
-    def failed(self, error: Exception) -> None:
-        "Show what went wrong."
-        self.said.value = note(str(error), "error")
-
     def text(self) -> str:
         "The recipe and its run."
-        return f"TrainingWidget\n{self.form.text()}\n{run_text(self.view.run)}"
+        return self.told("TrainingWidget", self.form.text(), self.view.text())
 
 # %% ../../nbs/app/553_training_widget.ipynb #22b54458
 def look_at_data(widget: TrainingWidget) -> None:
@@ -83,12 +79,12 @@ def look_at_data(widget: TrainingWidget) -> None:
     with widget.halt as told:
         report = inspect_data(widget.config, told)
     widget.report.value, widget.tabs.selected_index = html_view(report), 1
-    widget.said.value = note("\n".join(report.errors), "error") or note("The data was read.", "good")
+    widget.tell("\n".join(report.errors) or "The data was read.", "error" if report.errors else "good")
 
 
 def begin(widget: TrainingWidget, resume: bool = False) -> None:
     "Start the run of a widget. Raises what `start_run` raises."
-    widget.said.value = ""
+    widget.tell("")
     widget.view.attach(start_run(widget.config, resume=resume, in_thread=widget.in_thread))
 
 

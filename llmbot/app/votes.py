@@ -62,11 +62,11 @@ def check_question(prompt: Messages) -> list[dict[str, Any]]:
     return clean
 
 
-def check_answer(text: str) -> list[dict[str, str]]:
+def check_answer(text: str, stopped: bool) -> list[dict[str, Any]]:
     "An answer as messages. Raises `DataError` for one that is empty."
     if not text.strip():
         raise DataError("an empty answer cannot be judged: nothing can be learned from it.")
-    return [{"role": "assistant", "content": text}]
+    return [{"role": "assistant", "content": text} | ({"stopped": True} if stopped else {})]
 
 
 def append_vote(
@@ -75,10 +75,11 @@ def append_vote(
     chosen: str,  # the better answer
     rejected: str,  # the worse one
     meta: Mapping[str, Any] | None = None,  # what else is known, as plain JSON
+    stopped: tuple[bool, bool] = (False, False),  # which of them were ended early: where they end is not learned
 ) -> None:
     "Add one preference, as DPO reads it. Raises `DataError` for what is no preference, or cannot be written."
-    prompt, better, worse = check_question(prompt_messages), check_answer(chosen), check_answer(rejected)
-    if better == worse:
+    prompt, better, worse = check_question(prompt_messages), check_answer(chosen, stopped[0]), check_answer(rejected, stopped[1])
+    if chosen == rejected:
         raise DataError("the two answers are the same: there is nothing to prefer.")
     append_line(Path(path), {"prompt": prompt, "chosen": better, "rejected": worse, "meta": dict(meta or {})})
 
@@ -89,9 +90,10 @@ def append_rating(
     answer: str,
     good: bool,  # thumbs up
     meta: Mapping[str, Any] | None = None,  # what else is known, as plain JSON
+    stopped: bool = False,  # it was ended early: where it ends is not learned
 ) -> None:
     "Add one verdict, as KTO reads it. Raises `DataError` for what is no answer, or cannot be written."
-    messages = [*check_question(prompt_messages), *check_answer(answer)]
+    messages = [*check_question(prompt_messages), *check_answer(answer, stopped)]
     append_line(Path(path), {"messages": messages, "label": good, "meta": dict(meta or {})})
 
 # %% ../../nbs/app/546_votes.ipynb #980fb42f
@@ -104,12 +106,13 @@ class Ballot:
         ratings: str | Path,  # where verdicts on single answers go
     ) -> None:
         self.votes, self.ratings = Path(votes), Path(ratings)
-        self._given: dict[str, dict[str, bool]] = {}  # question -> answer -> verdict
+        self._given: dict[str, dict[str, tuple[bool, bool]]] = {}  # question -> answer -> verdict, and whether it was ended early
         self._paired: set[tuple[str, str, str]] = set()
 
-    def vote(self, prompt: Messages, chosen: str, rejected: str, meta: Mapping[str, Any] | None = None) -> None:
+    def vote(self, prompt: Messages, chosen: str, rejected: str, meta: Mapping[str, Any] | None = None,
+             stopped: tuple[bool, bool] = (False, False)) -> None:  # fmt: skip
         "Of two answers one is better. Raises `DataError`."
-        append_vote(self.votes, prompt, chosen, rejected, meta)
+        append_vote(self.votes, prompt, chosen, rejected, meta, stopped)
         self._paired.add((_key(prompt), chosen, rejected))
 
     def rate(
@@ -118,19 +121,20 @@ class Ballot:
         answer: str,
         good: bool,  # thumbs up
         meta: Mapping[str, Any] | None = None,
+        stopped: bool = False,  # it was ended early
     ) -> int:  # pairs that it made, with earlier verdicts of the other kind
         "An answer is good, or is not; the same verdict twice counts once. Raises `DataError`."
         key, made = _key(prompt), 0
         given = self._given.setdefault(key, {})
-        if given.get(answer) == good:
+        if answer in given and given[answer][0] == good:
             return 0
-        append_rating(self.ratings, prompt, answer, good, meta)
-        for other, verdict in given.items():
+        append_rating(self.ratings, prompt, answer, good, meta, stopped)
+        for other, (verdict, early) in given.items():
             pair = (key, answer, other) if good else (key, other, answer)
             if other != answer and verdict != good and pair not in self._paired:
-                self.vote(prompt, pair[1], pair[2], meta)
+                self.vote(prompt, pair[1], pair[2], meta, (stopped, early) if good else (early, stopped))
                 made += 1
-        given[answer] = good
+        given[answer] = good, stopped
         return made
 
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Points', 'COLOURS', 'WIDTH', 'HEIGHT', 'LEFT', 'BOTTOM', 'MOST', 'ipywidgets', 'thinned', 'ticks', 'frame',
-           'curve_svg', 'Shown', 'note', 'in_background', 'every', 'CancelledError', 'Halt']
+           'curve_svg', 'CancelledError', 'Shown', 'note', 'in_background', 'every', 'Halt']
 
 # %% ../../nbs/app/550_widget_parts.ipynb #c93be8c4
 import math
@@ -91,10 +91,33 @@ def curve_svg(
             f'style="font-size:11px;fill:currentColor">{"".join(lines)}</svg></div>')
 
 # %% ../../nbs/app/550_widget_parts.ipynb #808beb3b
+class CancelledError(LLMBotError):
+    "A person has ended the work."
+
+
 class Shown:
     "Draws its `box` where a front end does, and prints `text()` elsewhere."
 
     box: Any  # an ipywidget
+    said: Any  # the line for messages, an ipywidget
+    problem = ""  # what went wrong last; nothing when something else was said since
+
+    def tell(
+        self,
+        words: str,
+        kind: str = "",  # "error", "good", or nothing
+    ) -> None:
+        "Say something in the line for messages."
+        self.problem = words if kind == "error" else ""
+        self.said.value = note(words, kind)
+
+    def failed(self, error: Exception) -> None:
+        "Show what went wrong."
+        self.tell(str(error), "" if isinstance(error, CancelledError) else "error")
+
+    def told(self, *lines: str) -> str:
+        "What `text` says: lines, without empty ones, and at last what went wrong."
+        return "\n".join(line for line in (*lines, f"error: {self.problem}" if self.problem else "") if line)
 
     def text(self) -> str:
         "What there is to know, as plain text."
@@ -151,10 +174,6 @@ def every(
     return stop
 
 # %% ../../nbs/app/550_widget_parts.ipynb #2ddb4475
-class CancelledError(LLMBotError):
-    "A person has ended the work."
-
-
 class Halt:
     "A button that ends a look at data, which tells how far it is; one look at a time."
 

@@ -141,7 +141,8 @@ class RunView(Shown):
 
     def attach(self, run: LiveRun | None) -> None:
         "Look at another run."
-        self.run, self.drawn, self.said.value = run, -1, ""
+        self.run, self.drawn = run, -1
+        self.tell("")
         self.look()
 
     def ask(self, command: Callable[[LiveRun], str]) -> None:
@@ -150,12 +151,8 @@ class RunView(Shown):
         if run is None:
             self.failed(TrainingError("There is no run yet: start one, or attach to one."))
             return
-        self.said.value = note("…")
-        in_background(lambda: setattr(self.said, "value", note(command(run))), self.failed)
-
-    def failed(self, error: Exception) -> None:
-        "Show what went wrong."
-        self.said.value = note(str(error), "error")
+        self.tell("…")
+        in_background(lambda: self.tell(command(run)), self.failed)
 
     def look(self) -> bool:  # goes on as long as the view lives
         "Show how the run stands."
@@ -164,7 +161,7 @@ class RunView(Shown):
 
     def text(self) -> str:
         "How the run stands, and the last of its losses."
-        return run_text(self.run)
+        return self.told(run_text(self.run))
 
 # %% ../../nbs/app/552_widget_run.ipynb #d93e9fbb
 def show_run(view: RunView) -> None:

@@ -24,6 +24,7 @@ from rich.text import Text
 from .chat import ChatFormat
 from .data_processor import PreparedData
 from .data_report import DataReport, Loss, Sample, SplitStats
+from .data_tokens import EARLY
 from .errors import DataError
 
 # %% ../../nbs/core/036_preflight.ipynb #64de519a
@@ -47,7 +48,10 @@ def check_labels(report: DataReport, chat: ChatFormat) -> Iterator[Finding]:
     if report.kind == "text":
         return
     share, stop = train.supervised_share, report.stop_token or "an end token"
-    if not train.stop_supervised:
+    if EARLY in report.changed and train.stop_supervised < train.documents:
+        yield Finding("warning", f"{train.documents - train.stop_supervised} of {train.documents} answers were ended early: where they end "
+                      "is not learned.", "Have answers that end by themselves too: raise the longest answer.")  # fmt: skip
+    elif not train.stop_supervised:
         longer = "Raise data.max_seq_length, or set data.on_overlong to drop or split."
         why, advice = (
             ("the chat template ends an answer with no special token", "Set model.chat_template=chatml.") if not chat.template.stop_token

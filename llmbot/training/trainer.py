@@ -10,7 +10,7 @@ __all__ = ['TrainingResult', 'training_texts', 'make_tokenizer', 'fit_chat_templ
 # %% ../../nbs/training/230_trainer.ipynb #8e3fd6c3
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -85,6 +85,7 @@ def make_tokenizer(
     cfg: Config,  # the resolved config
     run_dir: Path,  # where a new tokenizer is kept for a resume
     resume: bool,  # take the one that is kept there
+    through: Callable[[Iterator[str]], Iterator[str]] = iter,  # what the texts go through from which a new one learns
 ) -> "PreTrainedTokenizerBase":  # without changes to its vocabulary yet
     "The tokenizer of the base, of `model.tokenizer`, of the resumed run, or a new one trained on the data."
     from transformers import AutoTokenizer
@@ -94,7 +95,7 @@ def make_tokenizer(
     kept = run_dir / "tokenizer"
     if resume and kept.is_dir():
         return AutoTokenizer.from_pretrained(kept, local_files_only=True)
-    tokenizer = train_tokenizer(training_texts(cfg.data), cfg.model.vocab_size)
+    tokenizer = train_tokenizer(through(training_texts(cfg.data)), cfg.model.vocab_size)
     tokenizer.save_pretrained(kept)
     return tokenizer
 
