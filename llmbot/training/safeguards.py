@@ -158,9 +158,11 @@ def ran_out(error: BaseException) -> bool:
 
 
 def shape_of(
-    inputs: dict[str, Any],  # a micro-batch
+    inputs: Any,  # a micro-batch: tensors by name, or rows to which answers are still to be made
 ) -> tuple[int, int]:  # rows, and tokens of the longest
     "The size of a micro-batch."
+    if isinstance(inputs, list):
+        return len(inputs), max(len(row.get("prompt_ids", ())) for row in inputs)
     return next((v.shape[0], v.shape[1]) for v in inputs.values() if isinstance(v, torch.Tensor) and v.ndim == 2)
 
 
@@ -189,7 +191,7 @@ def memory_told(
             rows, length = trainer.args.per_device_eval_batch_size * max(1, getattr(trainer, "row_unit", 1)), longest_row(dataset)
         raise out_of_memory(trainer, rows, length, evaluation) from exc
 
-
+# %% ../../nbs/training/208_safeguards.ipynb #9b4e2d60
 def split_rows(
     inputs: dict[str, Any],  # a micro-batch: tensors (rows, ...)
     parts: int,  # at most
