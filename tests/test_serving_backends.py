@@ -12,7 +12,7 @@ from tiny_bots import make_bot
 from llmbot.core.config import Config, ModelConfig
 from llmbot.serving.backends import create_backend
 from llmbot.serving.decoding import generate_batch
-from llmbot.serving.http_exchange import EventStream
+from llmbot.serving.http_exchange import PING, EventStream
 from llmbot.serving.sampling_params import Chunk, GenerationRequest, RequestError, SamplingParams
 from llmbot.serving.torch_backend import TorchBackend
 
@@ -207,6 +207,42 @@ async def ends_unread(leaves: bool, **seconds: float) -> bool:
 def test_a_stream_is_closed_when_its_reader_leaves_in_the_middle_of_a_write() -> None:
     "A client that stops reading blocks the write; when it then disconnects, the chunks must be closed at once."
     assert asyncio.run(ends_unread(leaves=True))
+
+
+@pytest.mark.parametrize("leaves", [True, False])
+def test_a_stream_is_closed_that_has_not_begun(leaves: bool) -> None:
+    "Pings went out while the first token was waited for; the client leaves then, or the response is cancelled."
+    closed = []
+
+    async def chunks() -> Any:
+        try:
+            await asyncio.Event().wait()
+            yield Chunk("never")
+        finally:
+            closed.append(True)
+
+    async def main() -> None:
+        pinged, stream = asyncio.Event(), chunks()
+
+        async def send(message: Any) -> None:
+            if message.get("body") == PING:
+                pinged.set()
+
+        async def receive() -> Any:
+            await (pinged if leaves else asyncio.Event()).wait()
+            return {"type": "http.disconnect"}
+
+        first = asyncio.ensure_future(asyncio.wait_for(anext(stream), None))
+        response = asyncio.create_task(EventStream(first, stream, lambda chunk: [])({"type": "http", "asgi": {"spec_version": "2.3"}},
+                                                                                   receive, send))
+        await pinged.wait()
+        if not leaves:
+            response.cancel()
+        await asyncio.wait_for(asyncio.gather(response, return_exceptions=True), 20)
+        assert first.cancelled()
+
+    asyncio.run(main())
+    assert closed == [True]
 
 
 def test_a_client_that_stays_and_reads_nothing_is_given_up() -> None:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAX_PARAMETERS', 'StopString', 'DONE', 'PING', 'STREAMS', 'Item', 'T', 'bounded', 'SamplingFields', 'event',
-           'keep_alive', 'EventStream', 'unless_disconnected', 'respond', 'first_of']
+           'keep_alive', 'ended', 'events_of', 'EventStream', 'unless_disconnected', 'respond', 'first_of']
 
 # %% ../../nbs/serving/364_http_exchange.ipynb #400d4ae3
 import asyncio
@@ -112,6 +112,13 @@ async def keep_alive(
         await asyncio.sleep(max(ping_s - silence, 0.001) if silence < ping_s else ping_s)
 
 
+async def ended(*tasks: asyncio.Task[Any]) -> None:
+    "Cancel tasks, and wait until they are no more."
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+# %% ../../nbs/serving/364_http_exchange.ipynb #d7e25b90
 _TURN = 8  # chunks of one stream after which the other streams have their turn in any case
 
 
@@ -125,33 +132,43 @@ def _last_words(error: Exception) -> bytes:
         logger.error("a stream failed", exc_info=error)
     return event(body)
 
+
+async def events_of(
+    first: Item | asyncio.Task[Item],  # as `first_of` gives it
+    chunks: AsyncGenerator[Item, None],  # the others
+    frames: Callable[[Item], Iterable[dict[str, Any] | bytes]],  # the events of one chunk
+) -> AsyncGenerator[bytes, None]:
+    "The bytes of a stream, up to its end or to the event of what went wrong."
+    try:
+        if isinstance(first, asyncio.Task):
+            yield PING
+            first = await first
+        yield _joined(frames(first))
+        count = 0
+        async for chunk in chunks:
+            if data := _joined(frames(chunk)):
+                yield data
+            if (count := count + 1) % _TURN == 0:  # chunks may be there faster than they are read; others must have their turn
+                await asyncio.sleep(0)
+    except Exception as exc:  # whatever it is, the client is told, and the stream ends properly
+        yield _last_words(exc)
+    yield DONE
+
 # %% ../../nbs/serving/364_http_exchange.ipynb #8dc89b7b
 class EventStream(EventSourceResponse, Generic[Item]):
     "Server-sent events made of chunks, closed with the response."
 
     def __init__(
         self,
-        first: Item,  # was awaited to see whether there is an answer at all
+        first: Item | asyncio.Task[Item],  # was awaited to see whether there is an answer at all; a task where that takes long
         chunks: AsyncGenerator[Item, None],  # the others
         frames: Callable[[Item], Iterable[dict[str, Any] | bytes]],  # the events of one chunk: as JSON, or ready to be sent
         ping_s: float = 15.0,  # seconds of silence after which a comment is sent
         patience_s: float = 60.0,  # seconds after which a client that takes nothing is given up, as in nginx
     ) -> None:
-        super().__init__(self._events(first, frames), headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        super().__init__(events_of(first, chunks, frames), headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         self._chunks, self._ping_s, self._patience_s, self._sent = chunks, ping_s, patience_s, time.monotonic()
-
-    async def _events(self, first: Item, frames: Callable[[Item], Iterable[dict[str, Any] | bytes]]) -> AsyncGenerator[bytes, None]:
-        try:
-            yield _joined(frames(first))
-            count = 0
-            async for chunk in self._chunks:
-                if data := _joined(frames(chunk)):
-                    yield data
-                if (count := count + 1) % _TURN == 0:  # chunks may be there faster than they are read; others must have their turn
-                    await asyncio.sleep(0)
-        except Exception as exc:  # whatever it is, the client is told, and the stream ends properly
-            yield _last_words(exc)
-        yield DONE
+        self._awaited: list[asyncio.Task[Item]] = [first] if isinstance(first, asyncio.Task) else []
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         one_at_a_time, patience = asyncio.Lock(), asyncio.timeout(None)
@@ -164,12 +181,14 @@ class EventStream(EventSourceResponse, Generic[Item]):
         pings = asyncio.create_task(keep_alive(noted, lambda: self._sent, self._ping_s, patience, self._patience_s))
         try:
             async with patience, aclosing(self._chunks):
-                await super().__call__(scope, receive, noted)
+                try:
+                    await super().__call__(scope, receive, noted)
+                finally:  # chunks that are waited for cannot be closed
+                    await ended(*self._awaited)
         except TimeoutError:
             logger.info("a client took nothing of its stream for %g seconds and is given up", self._patience_s)
         finally:
-            pings.cancel()
-            await asyncio.gather(pings, return_exceptions=True)
+            await ended(pings)
 
 # %% ../../nbs/serving/364_http_exchange.ipynb #65ff7581
 T = TypeVar("T")
@@ -196,7 +215,7 @@ async def unless_disconnected(
         task.cancel()
         await asyncio.gather(task, watch, return_exceptions=True)
 
-
+# %% ../../nbs/serving/364_http_exchange.ipynb #e8f36ca1
 async def respond(
     request: Request,
     chunks: AsyncGenerator[Chunk, None],  # from `ModelServer.stream`; is closed in the end
@@ -205,20 +224,29 @@ async def respond(
     frames: Callable[[Chunk], Iterable[dict[str, Any]]],  # the events of one chunk
     ping_s: float = 15.0,  # seconds of silence on a stream after which a comment is sent
 ) -> Response:
-    "Answer a request, whole or as events. A refusal before the first token is raised, and so gets its own status."
+    "Answer a request, whole or as events. A refusal that comes within `ping_s` seconds is raised, and so gets its own status."
     if not stream:
         return JSONResponse(body(await unless_disconnected(request, whole_answer(chunks))))
-
-    return EventStream(await first_of(request, chunks), chunks, frames, ping_s)
+    return EventStream(await first_of(request, chunks, ping_s), chunks, frames, ping_s)
 
 
 async def first_of(
     request: Request,
     items: AsyncGenerator[Item, None],
-) -> Item:
-    "The first item, unless the client leaves before it; then, and when there is an error, the generator is closed."
+    within_s: float,  # seconds
+) -> Item | asyncio.Task[Item]:
+    """The first item, or the task that still waits for it after `within_s` seconds.
+
+    Raises what the generator raises, and `CancelledRequestError` when the client leaves; the generator is then closed.
+    """
 
     async def start() -> Item:
         return await anext(items)
 
-    return await unless_disconnected(request, start())
+    task = asyncio.create_task(start())
+    try:
+        await unless_disconnected(request, asyncio.wait({task}, timeout=within_s))
+        return task.result() if task.done() else task
+    except BaseException:
+        await ended(task)
+        raise

@@ -84,12 +84,12 @@ async def reply(
     streams: Sequence[AsyncGenerator[Chunk, None]],
     writer: ChatWriter | TextWriter,
 ) -> Response:
-    "All answers, whole or as events. Raises `RequestError` for a refusal before the first token."
+    "All answers, whole or as events. Raises `RequestError` for a refusal before the first token that comes soon enough."
     chunks = interleave(streams)
     if not asked.stream:
         return JSONResponse(writer.body(await unless_disconnected(request, whole_answers(chunks, len(streams)))))
-    first = await first_of(request, chunks)
-    return EventStream(first, chunks, writer.frames, server.bots.serving.ping_s)
+    ping_s = server.bots.serving.ping_s
+    return EventStream(await first_of(request, chunks, ping_s), chunks, writer.frames, ping_s)
 
 # %% ../../nbs/serving/374_openai_api.ipynb #af4ceda8
 def fingerprint(
