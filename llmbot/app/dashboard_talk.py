@@ -198,7 +198,7 @@ async def keep(
     answer: str,
     settings: ChatSettings,
     start: int | None = None,  # messages before the turn, where it takes the place of an older one; None: it comes at the end
-    stopped: bool = False,  # the answer did not end by itself
+    stopped: bool = False,  # the answer was ended early
 ) -> None:
     "Store a turn. Raises `RequestError` where it cannot be, as when the conversation has gone on elsewhere."
     turn: list[Message] = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
@@ -229,7 +229,7 @@ async def turn_of(talk: Talk, question: str, settings: ChatSettings, start: int 
     except RequestError as exc:
         why = exc
     if why is None or any(parts):
-        await keep(talk, question, "".join(parts), settings, start, stopped=why is not None or talk.last.finish_reason == "length")
+        await keep(talk, question, "".join(parts), settings, start, stopped=why is not None)
     if why is not None and not isinstance(why, CancelledRequestError):  # which is what somebody wanted
         raise why
 
