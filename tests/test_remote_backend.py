@@ -182,6 +182,10 @@ def test_a_limit_and_a_silent_server_are_passed_on(bot: str) -> None:
             answer = httpx.post(f"{url}/chat", json={"messages": QUESTION}, timeout=60)
             assert answer.status_code == 429
             assert int(answer.headers["retry-after"]) > 3000
+            assert httpx.get(f"{url}/health/ready").json() == {"status": "ok"}  # a limit of its key is no ill health
+            embedded = httpx.post(f"{url}/v1/embeddings", json={"input": "Once"}, timeout=60)
+            assert embedded.status_code == 429
+            assert httpx.get(f"{url}/stats").json()["models"]["alice"]["health"]["parts"] == {f"{there}/v1": "up"}
     GatedBackend.gate.clear()
     with running_server(config(bot, backend="gated")) as there, running_server(
         remote(bot, there, retries=0, first_token_timeout_s=0.2)
