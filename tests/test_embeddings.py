@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmbot.core.config import Config, ModelConfig, ServingConfig
 from llmbot.core.model_manager import load_bot
+from llmbot.serving import embeddings_api, http_exchange
 from llmbot.serving.api_server import running_server
 from llmbot.serving.backends import Capabilities, register_backend
 from llmbot.serving.embeddings_api import MAX_INPUTS, SIDE_BY_SIDE
@@ -188,6 +189,38 @@ def test_the_deadline_is_that_of_the_list(bot: Path) -> None:
         answer = httpx.post(f"{url}/v1/embeddings", json={"input": ["a"] * 6})
         assert (answer.status_code, answer.json()["error"]["code"]) == (504, "timeout")
         until_running(0)
+
+
+def test_answers_are_written_beside_the_event_loop(bot: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    "In a thread, and there in pieces: one call of the JSON encoder for all of it would hold every stream up."
+    threads: dict[str, set[int]] = {"loop": set(), "numbers": set(), "json": set()}
+    embed, written, pieces, lengths = SlowEmbedder.embed, embeddings_api.written, http_exchange.json_pieces, list[int]()
+
+    async def embed_wide(self: SlowEmbedder, prompt_ids: Sequence[int], adapter: str | None = None) -> list[float]:
+        threads["loop"].add(threading.get_ident())
+        return await embed(self, prompt_ids, adapter) * 1024
+
+    def noted(*given: Any) -> Any:
+        threads["numbers"].add(threading.get_ident())
+        return written(*given)
+
+    def measured(*given: Any) -> Iterator[str]:
+        for piece in pieces(*given):
+            threads["json"].add(threading.get_ident())
+            lengths.append(len(piece))
+            yield piece
+
+    monkeypatch.setattr(SlowEmbedder, "embed", embed_wide)
+    monkeypatch.setattr(embeddings_api, "written", noted)
+    monkeypatch.setattr(http_exchange, "json_pieces", measured)
+    with slow(bot) as url:
+        SlowEmbedder.gate.set()
+        answer = httpx.post(f"{url}/v1/embeddings", json={"input": ["a"] * 100}, timeout=60)
+    assert [len(item["embedding"]) for item in answer.json()["data"]] == [1024] * 100
+    assert len(threads["loop"]) == 1
+    assert threads["json"].isdisjoint(threads["loop"])
+    assert threads["numbers"].isdisjoint(threads["loop"])
+    assert max(lengths) < len(answer.content) / 100  # no call writes as much as one vector
 
 
 def test_a_key_is_asked_for_and_a_backend_may_have_none(bot: Path) -> None:

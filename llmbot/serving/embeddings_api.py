@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MAX_INPUTS', 'MAX_INPUT_TOKENS', 'SIDE_BY_SIDE', 'EmbeddingRequest', 'EmbeddingItem', 'EmbeddingUsage',
-           'EmbeddingList', 'written', 'encode_inputs', 'embed_all', 'embeddings_reply', 'embeddings_router']
+           'EmbeddingList', 'written', 'encode_inputs', 'embed_all', 'embedding_list', 'embeddings_reply',
+           'embeddings_router']
 
 # %% ../../nbs/serving/376_embeddings_api.ipynb #d8b60cb9
 import asyncio
@@ -15,14 +16,13 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 
 from ..core.errors import ServingError
 from .admission import Leash
 from .backends import Backend
 from .hosting import HostedBot, chat_format
-from .http_exchange import unless_disconnected
+from .http_exchange import json_reply, unless_disconnected
 from .http_guard import StrictRoute, logger
 from .model_server import Embedding, ModelServer
 from .openai_schema import STRICT, TokenIds
@@ -146,7 +146,15 @@ async def embed_all(
         await asyncio.gather(*tasks, return_exceptions=True)
 
 # %% ../../nbs/serving/376_embeddings_api.ipynb #8d8294d1
-async def embeddings_reply(server: ModelServer, request: Request, asked: EmbeddingRequest) -> dict[str, Any]:
+def embedding_list(model: str, asked: EmbeddingRequest, found: Sequence[Embedding]) -> dict[str, Any]:
+    "The answer, as `EmbeddingList`. Raises as `written` does."
+    vectors = [written(one.vector, asked.encoding_format, asked.dimensions) for one in found]
+    tokens = sum(one.prompt_tokens for one in found)
+    data = [{"object": "embedding", "index": i, "embedding": vector} for i, vector in enumerate(vectors)]
+    return {"object": "list", "data": data, "model": model, "usage": {"prompt_tokens": tokens, "total_tokens": tokens}}
+
+
+async def embeddings_reply(server: ModelServer, request: Request, asked: EmbeddingRequest) -> Response:
     "Compute all vectors. Raises `RequestError`."
     bot = server.bots.find(asked.model)
     if asked.user:
@@ -154,10 +162,7 @@ async def embeddings_reply(server: ModelServer, request: Request, asked: Embeddi
     backend = await bot.load()
     inputs = await asyncio.to_thread(encode_inputs, backend, bot, asked.inputs)
     found = await embed_all(server, bot.name, inputs, request.state.request_id, request.state.key)
-    vectors = [written(one.vector, asked.encoding_format, asked.dimensions) for one in found]
-    tokens = sum(one.prompt_tokens for one in found)
-    data = [{"object": "embedding", "index": i, "embedding": vector} for i, vector in enumerate(vectors)]
-    return {"object": "list", "data": data, "model": bot.name, "usage": {"prompt_tokens": tokens, "total_tokens": tokens}}
+    return await json_reply(lambda: embedding_list(bot.name, asked, found))
 
 
 def embeddings_router(server: ModelServer) -> APIRouter:
@@ -169,6 +174,6 @@ def embeddings_router(server: ModelServer) -> APIRouter:
         "Each input as the mean of the hidden states that the bot's last layer has for its tokens, not normalised."
         with Leash(server.bots.serving.request_timeout_s) as leash:
             work = leash.hold(lambda: embeddings_reply(server, request, asked))
-            return JSONResponse(await unless_disconnected(request, work))
+            return await unless_disconnected(request, work)
 
     return router

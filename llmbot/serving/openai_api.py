@@ -16,13 +16,12 @@ from contextlib import aclosing
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
 from .. import __version__
 from ..core.chat import ChatFormat
 from ..core.config import Config
-from .http_exchange import STREAMS, EventStream, first_of, unless_disconnected
+from .http_exchange import STREAMS, EventStream, first_of, json_reply, unless_disconnected
 from .http_guard import StrictRoute, logger
 from .backends import Backend
 from .hosting import HostedBot, chat_format
@@ -87,7 +86,8 @@ async def reply(
     "All answers, whole or as events. Raises `RequestError` for a refusal before the first token that comes soon enough."
     chunks = interleave(streams)
     if not asked.stream:
-        return JSONResponse(writer.body(await unless_disconnected(request, whole_answers(chunks, len(streams)))))
+        answers = await unless_disconnected(request, whole_answers(chunks, len(streams)))
+        return await json_reply(lambda: writer.body(answers))
     ping_s = server.bots.serving.ping_s
     return EventStream(await first_of(request, chunks, ping_s), chunks, writer.frames, ping_s)
 

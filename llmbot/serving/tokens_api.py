@@ -11,13 +11,12 @@ import asyncio
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field, model_validator
 
 from ..core.chat import ChatFormat
 from .admission import Leash
 from .hosting import chat_format
-from .http_exchange import unless_disconnected
+from .http_exchange import json_reply, unless_disconnected
 from .http_guard import StrictRoute
 from .model_server import ModelServer
 from .openai_schema import MAX_TOOLS, STRICT, Tool
@@ -87,21 +86,25 @@ class DetokenizedText(BaseModel):
     prompt: str = Field(description="The text, control tokens included")
 
 
-async def tokenize_reply(server: ModelServer, asked: TokenizeRequest) -> dict[str, Any]:
+async def tokenize_reply(server: ModelServer, asked: TokenizeRequest) -> Response:
     "The tokens of a text or a conversation. Raises `RequestError`."
     bot = server.bots.find(asked.model)
     backend = await bot.load()  # says how long its context is
     chat = await asyncio.to_thread(chat_format, bot)
     ids = await asyncio.to_thread(asked.ids, chat)
-    found = await asyncio.to_thread(chat.tokenizer.convert_ids_to_tokens, list(ids)) if asked.return_token_strs else None
-    names = [str(piece) for piece in found] if found is not None else None
-    return {"count": len(ids), "max_model_len": backend.context_length, "tokens": list(ids), "token_strs": names}
+
+    def answer() -> dict[str, Any]:
+        names = [str(piece) for piece in chat.tokenizer.convert_ids_to_tokens(list(ids))] if asked.return_token_strs else None
+        return {"count": len(ids), "max_model_len": backend.context_length, "tokens": list(ids), "token_strs": names}
+
+    return await json_reply(answer)
 
 
-async def detokenize_reply(server: ModelServer, asked: DetokenizeRequest) -> dict[str, Any]:
+async def detokenize_reply(server: ModelServer, asked: DetokenizeRequest) -> Response:
     "The text of token ids. Raises `RequestError` for one that is not in the vocabulary."
     try:
-        return {"prompt": await server.detokenize(asked.tokens, asked.model)}
+        text = await server.detokenize(asked.tokens, asked.model)
+        return await json_reply(lambda: {"prompt": text})
     except RequestError as exc:
         if exc.param != "prompt":
             raise
@@ -117,13 +120,13 @@ def tokens_router(server: ModelServer) -> APIRouter:
         "The tokens of a text, or of a conversation as the bot's chat template writes it."
         with Leash(server.bots.serving.request_timeout_s) as leash:
             work = leash.hold(lambda: tokenize_reply(server, asked))
-            return JSONResponse(await unless_disconnected(request, work))
+            return await unless_disconnected(request, work)
 
     @router.post("/detokenize", response_model=DetokenizedText)
     async def detokenize(request: Request, asked: DetokenizeRequest) -> Response:
         "The text of tokens, control tokens included."
         with Leash(server.bots.serving.request_timeout_s) as leash:
             work = leash.hold(lambda: detokenize_reply(server, asked))
-            return JSONResponse(await unless_disconnected(request, work))
+            return await unless_disconnected(request, work)
 
     return router
