@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.browser
 PAGES = ("data", "train", "runs", "models", "evaluation")
 WIDE, NARROW = {"width": 1200, "height": 900}, {"width": 400, "height": 800}
-WAIT = 90_000  # milliseconds, on a busy machine
+WAIT = 90_000  # milliseconds, for every step in a page: beside it, the process for jobs imports, and a run of its own trains
 Faults = Callable[[Any], list[str]]  # of a page
 SCRIPT = "<img src=x onerror=\"document.title='run'\">"
 
@@ -74,6 +74,7 @@ def visit(address: str, browser: "Browser", network_log: Callable[["BrowserConte
 
     def open_page(name: str, key: str = "an-admins-key", size: dict[str, int] | None = None) -> "Page":
         context = browser.new_context(viewport=size or WIDE)
+        context.set_default_timeout(WAIT)
         contexts.append(context)
         network_log(context)
         assert context.request.post(f"{address}/sign-in", form={"key": key}, max_redirects=0).status == 303
@@ -89,12 +90,12 @@ def visit(address: str, browser: "Browser", network_log: Callable[["BrowserConte
 def show(page: "Page", address: str, name: str) -> None:
     "Open a page of the dashboard by its address."
     page.goto(f"{address}?page={name}")
-    page.get_by_role("heading", level=1).first.wait_for(timeout=WAIT)
+    page.get_by_role("heading", level=1).first.wait_for()
 
 
 def see(page: "Page", text: str) -> None:
     "Wait for a text."
-    page.get_by_text(text).first.wait_for(timeout=WAIT)
+    page.get_by_text(text).first.wait_for()
 
 
 def choose(page: "Page", label: str, option: str) -> None:
@@ -162,7 +163,7 @@ def test_a_run_outlives_its_page(visit: "Callable[..., Page]", address: str, fol
     page.get_by_role("button", name="Start", exact=True).click()
     see(page, "expected a number > 0")
     page.get_by_label("Show all settings").check()
-    page.get_by_label("training.logging_steps", exact=True).first.wait_for(timeout=WAIT)
+    page.get_by_label("training.logging_steps", exact=True).first.wait_for()
     fill(page, {"data.train": "data/held.jsonl", "model.preset": "qwen3-0.2m", "model.vocab_size": "300", "training.learning_rate": "0.001",
                 "training.max_steps": "100000", "training.output_dir": "bots/newer", "data.max_seq_length": "64",
                 "training.per_device_batch_size": "2", "training.logging_steps": "1", "monitoring.trackers": "",
@@ -175,7 +176,7 @@ def test_a_run_outlives_its_page(visit: "Callable[..., Page]", address: str, fol
         before = step_of(page)
         page.wait_for_function("""before => { const find = root => [...root.querySelectorAll('*')].some(e =>
             (e.tagName == 'LI' && e.innerText.startsWith('training:') && +e.innerText.split('step ').at(-1).replace(/,/g, '') > before)
-            || (e.shadowRoot && find(e.shadowRoot))); return find(document) }""", arg=before, timeout=WAIT)  # fmt: skip
+            || (e.shadowRoot && find(e.shadowRoot))); return find(document) }""", arg=before)  # fmt: skip
         page.context.close()
         assert run.status().state == "running"
         again = visit("train")
@@ -200,7 +201,7 @@ def test_a_run_outlives_its_page(visit: "Callable[..., Page]", address: str, fol
     assert any(line.startswith("newer: ") for line in curves)
     look_over(again, "runs", faults)
     fill(again, {"Filter": "learning_rate=0.25"})
-    again.get_by_text("newer:").first.wait_for(state="detached", timeout=WAIT)
+    again.get_by_text("newer:").first.wait_for(state="detached")
     assert {found.name for found in find_runs(folder)} == {"older", "newer"}
 
 
@@ -246,10 +247,10 @@ def test_votes_train_a_bot_that_is_promoted(visit: "Callable[..., Page]", addres
     fill(page, {"Longest answer, in tokens": "4"})
     message = page.get_by_role("textbox", name="Message (Enter")
     for number in (1, 2):
-        page.get_by_role("button", name="Send").and_(page.locator(":enabled")).wait_for(timeout=WAIT)
+        page.get_by_role("button", name="Send").and_(page.locator(":enabled")).wait_for()
         message.fill(f"What is {number}?")
         message.press("Enter")
-        page.get_by_role("button", name="The left is better").click(timeout=WAIT)
+        page.get_by_role("button", name="The left is better").click()
         see(page, "Your vote is kept for DPO.")
     votes = [json.loads(line) for line in (folder / "votes.jsonl").read_text().removesuffix("\n").split("\n")]  # answers may hold U+0085
     assert [row["prompt"][-1]["content"] for row in votes] == ["What is 1?", "What is 2?"]
@@ -257,7 +258,7 @@ def test_votes_train_a_bot_that_is_promoted(visit: "Callable[..., Page]", addres
     show(page, address, "train")
     choose(page, "Run", "A new run")
     choose(page, "Method", "dpo")
-    page.get_by_label("method.beta", exact=True).first.wait_for(timeout=WAIT)  # the fields of the method are there
+    page.get_by_label("method.beta", exact=True).first.wait_for()  # the fields of the method are there
     fill(page, {"model.base": "bots/first", "data.train": "votes.jsonl", "training.max_steps": "2", "training.output_dir": "bots/better",
                 "data.validation_split": "0", "data.max_seq_length": "128"})  # fmt: skip
     page.get_by_role("button", name="Start", exact=True).click()
@@ -284,7 +285,7 @@ def test_votes_train_a_bot_that_is_promoted(visit: "Callable[..., Page]", addres
     fill(page, {"Open a bot": "better@production"})
     page.get_by_role("button", name="Open", exact=True).click()
     see(page, "is open.")
-    page.get_by_role("button", name="Send").and_(page.locator(":enabled")).wait_for(timeout=WAIT)
+    page.get_by_role("button", name="Send").and_(page.locator(":enabled")).wait_for()
     message.fill("And now?")
     message.press("Enter")
     see(page, "The answer is complete.")
@@ -322,10 +323,10 @@ def test_bots_are_measured(visit: "Callable[..., Page]", folder: Path, faults: F
     page.get_by_role("button", name="show more").click()
     fill(page, {"Rows at most": "20000"})
     page.get_by_role("button", name="Evaluate", exact=True).click()
-    page.get_by_role("button", name="Cancel").wait_for(timeout=WAIT)
+    page.get_by_role("button", name="Cancel").wait_for()
     page.context.close()
     again = visit("evaluation")
-    again.get_by_role("button", name="Cancel").click(timeout=WAIT)
+    again.get_by_role("button", name="Cancel").click()
     see(again, "cancelled")
     assert list((folder / "evaluations").glob("*.json")) == [kept]
 
@@ -391,16 +392,16 @@ def test_nothing_is_lost_before_a_page_is_ready(visit: "Callable[..., Page]", ad
         page = visit("data")
         unready = Unready(page, drawn.set)
         page.goto(f"{address}?page=probe")
-        page.get_by_role("button", name="Open drawer").click(timeout=WAIT)
+        page.get_by_role("button", name="Open drawer").click()
         page.get_by_role("button", name="Runs", exact=True).click()
         while not unready.kept:
             page.wait_for_timeout(20)  # lets Playwright hand on messages
         if built.is_set():
             changed.wait(60)
         unready.release()
-        page.get_by_role("heading", level=1, name="Runs").wait_for(timeout=WAIT)
+        page.get_by_role("heading", level=1, name="Runs").wait_for()
         page.get_by_role("button", name="Probe", exact=True).click()
-        page.get_by_role("button", name="Press me").click(timeout=WAIT)  # the first thing that comes from a part that came later
+        page.get_by_role("button", name="Press me").click()  # the first thing that comes from a part that came later
         for text in ("an error beside the field", "a row more", "it was pressed"):
             see(page, text)
     finally:
@@ -430,7 +431,7 @@ def test_everybody_can_use_the_pages(visit: "Callable[..., Page]", address: str,
             assert faults(page) == [], f"{name}, {shade}"
             assert page.evaluate("document.documentElement.scrollWidth") <= NARROW["width"], name
             page.get_by_role("button", name="Toggle theme").click()
-            page.wait_for_function("old => getComputedStyle(document.body).backgroundColor != old", arg=shade, timeout=WAIT)
+            page.wait_for_function("old => getComputedStyle(document.body).backgroundColor != old", arg=shade)
             page.mouse.move(200, 500)
-            page.locator("[role=tooltip]").wait_for(state="detached", timeout=WAIT)
+            page.locator("[role=tooltip]").wait_for(state="detached")
         assert len(shades) == 2
