@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 import torch
 from recipes import chats, on, recipe, sums, talk, train
+from tiny_bots import make_bot
 from torch.utils.flop_counter import FlopCounterMode
 
 from llmbot.core.architectures import PRESETS, qwen3_config, supports_bf16
 from llmbot.core.config import Config, ModelConfig
 from llmbot.core.config_io import load_config
-from llmbot.core.errors import ConfigError, DataError
+from llmbot.core.errors import BotError, ConfigError, DataError
+from llmbot.core.model_manager import load_bot
 from llmbot.core.parameters import adapter_parameters, count, meta_model, operations
 from llmbot.core.peak_memory import with_adapter
 from llmbot.core.training_config import LoraConfig
@@ -264,3 +266,17 @@ def test_what_does_not_fit_gets_changes_that_do(tmp_path: Path) -> None:
 def test_mistakes(tmp_path: Path, changes: dict[str, object], device: str | None, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         plan(recipe(tmp_path, ROWS, **changes), device=device)
+
+
+def test_a_base_in_a_format_of_another_library(tmp_path: Path) -> None:
+    "Refused by the plan, the training and whoever loads it, with a way out."
+    base = make_bot(tmp_path, "packed")
+    config = json.loads((base / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False}
+    (base / "config.json").write_text(json.dumps(config))
+    cfg = recipe(tmp_path, sums(), **(on(base) | {"training.method": "lora"}))
+    for run in (plan, train):
+        with pytest.raises(ConfigError, match=r"packed cannot be trained on\. Its weights are saved in gptq.*model\.quantization=nf4"):
+            run(cfg)
+    with pytest.raises(BotError, match=r"(?s)Cannot load the weights of .*packed: .*serving\.backend=vllm"):  # the library is not there
+        _ = load_bot(base, device="cpu").model

@@ -6,7 +6,7 @@
 __all__ = ['PRESETS', 'DEFAULT_PRESET', 'PAD', 'START', 'END', 'MIN_VOCAB', 'BITS', 'Shape', 'depth_rule',
            'scratch_learning_rate', 'resolve_shape', 'qwen3_config', 'without_memory', 'matmul_parameters',
            'count_parameters', 'flops_per_token', 'kept_bits', 'describe_model', 'train_tokenizer', 'new_model',
-           'pick_device', 'supports_bf16', 'pick_dtype', 'quantized']
+           'pick_device', 'supports_bf16', 'pick_dtype', 'quantized', 'foreign_bits']
 
 # %% ../../nbs/core/038_architectures.ipynb #f9d41861
 import copy
@@ -308,3 +308,14 @@ def quantized(
     four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
     settings = BitsAndBytesConfig(**(four if quantization == "nf4" else {"load_in_8bit": True}))
     return {"quantization_config": settings, "device_map": {"": device}}
+
+# %% ../../nbs/core/038_architectures.ipynb #5f1c0a32
+def foreign_bits(
+    config: "PreTrainedConfig",  # of a saved model
+) -> str:  # one or two sentences; "" where the weights are plain or in a format of `BITS`
+    "What to do about weights that another library saved in few bits."
+    kept = kept_bits(config)
+    if kept in ("none", *BITS):
+        return ""
+    return (f"Its weights are saved in {kept}, a format of another library. Take the model that it was made from, and read that into few "
+            "bits with model.quantization=nf4 or int8; or serve it as it is on vLLM: serving.backend=vllm.")

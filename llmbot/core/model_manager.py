@@ -20,7 +20,8 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .architectures import BITS, describe_model, kept_bits, new_model, pick_device, pick_dtype, quantized, train_tokenizer
+from .architectures import BITS, describe_model, foreign_bits, kept_bits, new_model, pick_device, pick_dtype, quantized
+from .architectures import train_tokenizer
 from .bot import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Manifest, Reference, bot_writer, bots_directory, is_adapter
 from .bot import read_manifest, resolve_reference, write_manifest
 from .chat import ChatFormat
@@ -38,15 +39,16 @@ if TYPE_CHECKING:
 def bot_errors(
     what: str,  # what is being read, such as "the weights"
     where: str,  # the bot
+    advice: str = "",  # what to do about it, where that is known
 ) -> Iterator[None]:
-    "Turn the libraries' errors while reading a bot into `BotError`."
+    "Turn the libraries' errors while reading a bot into `BotError`, the lack of a library among them."
     from safetensors import SafetensorError
 
     try:
         yield
-    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as exc:
+    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError, ImportError) as exc:
         reason = f"it has no {exc}" if isinstance(exc, KeyError) else " ".join(str(exc).split())[:400] or type(exc).__name__
-        raise BotError(f"Cannot load {what} of {where}: {reason}") from exc
+        raise BotError(f"Cannot load {what} of {where}: {reason}" + (f"\n{advice}" if advice else "")) from exc
 
 
 @contextlib.contextmanager
@@ -107,7 +109,7 @@ def read_weights(
     from transformers import AutoModelForCausalLM
 
     refuse_export(reference.location)
-    kept = kept_bits(read_config(reference, revision))
+    kept = kept_bits(config := read_config(reference, revision))
     if quantization not in ("none", kept) and kept != "none":
         raise BotError(f"{reference.location} is saved in {kept}, which cannot become {quantization}: leave model.quantization at 'none'.")
     wanted = quantization if kept == "none" else kept
@@ -115,7 +117,7 @@ def read_weights(
     if kept != "none":
         bits.pop("quantization_config", None)  # the model's own says it
 
-    with bot_errors("the weights", reference.location), quiet_bars():
+    with bot_errors("the weights", reference.location, foreign_bits(config)), quiet_bars():
         model, info = AutoModelForCausalLM.from_pretrained(
             reference.location,
             dtype=dtype or "auto",
@@ -127,9 +129,8 @@ def read_weights(
         )
     if missing := sorted(info["missing_keys"]):
         raise BotError(f"The weights of {reference.location} lack {len(missing)} tensors, such as {missing[0]}: it is incomplete.")
-    for layer in model.modules() if bits else ():
-        if hasattr(layer, "support_avx512bf16_for_cpu"):
-            layer.support_avx512bf16_for_cpu = False
+    for layer in [m for m in model.modules() if bits and hasattr(m, "support_avx512bf16_for_cpu")]:
+        layer.support_avx512bf16_for_cpu = False
     for tensor in [*model.parameters(), *model.buffers()] if bits and device == "cpu" else ():
         # what is not quantized is a view of the file, which would stay in memory as a whole
         if tensor.is_floating_point() and type(tensor.data) is torch.Tensor:

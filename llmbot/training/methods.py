@@ -16,7 +16,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from ..core.architectures import kept_bits, pick_device, supports_bf16
+from ..core.architectures import foreign_bits, kept_bits, pick_device, supports_bf16
 from ..core.chat import ChatFormat
 from ..core.config import Config, TrainingConfig, method_settings, trains_adapter
 from ..core.data_examples import Kind
@@ -171,8 +171,10 @@ def check_base(
     cfg: Config,  # the resolved config
     config: "PreTrainedConfig",  # of its base
 ) -> None:
-    "Raise `ConfigError` for a base that is saved in few bits, and so cannot be trained as a whole or be shared out."
+    "Raise `ConfigError` for a base that is saved in few bits, and so cannot be trained as a whole or be shared out, or not at all."
     kept = kept_bits(config)
+    if advice := foreign_bits(config):
+        raise ConfigError(f"{cfg.model.base} cannot be trained on. {advice}")
     if kept != "none" and not trains_adapter(cfg):
         raise ConfigError(f"{cfg.model.base} is saved in {kept}, and quantized weights cannot be trained by '{cfg.training.method}': use "
                           "'method: lora', which trains an adapter on them.")
