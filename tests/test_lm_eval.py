@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from tiny_bots import make_bot
 
+from llmbot.app.cli import main
 from llmbot.core.bot import read_manifest
 from llmbot.core.config import ModelConfig
 from llmbot.core.errors import DataError
@@ -38,13 +39,19 @@ metadata: {version: 3}
 """
 
 
-def test_local_tasks_are_scored_as_the_model_does(tmp_path: Path) -> None:
-    import torch
-
-    bot, tasks = make_bot(tmp_path, "tiny"), tmp_path / "tasks"
+def tasks_of(home: Path) -> Path:
+    "A directory with one task and its rows."
+    tasks = home / "tasks"
     tasks.mkdir()
     (tasks / "sums.yaml").write_text(TASK)
     (tasks / "rows.jsonl").write_text("".join(json.dumps({"question": q, "choices": c}) + "\n" for q, c in ROWS))
+    return tasks
+
+
+def test_local_tasks_are_scored_as_the_model_does(tmp_path: Path) -> None:
+    import torch
+
+    bot, tasks = make_bot(tmp_path, "tiny"), tasks_of(tmp_path)
     [report] = run_tasks(bot, tasks, model=ModelConfig(device="cpu"), command=LM_EVAL)
 
     loaded, right = load_bot(bot, device="cpu"), 0
@@ -67,3 +74,31 @@ def test_local_tasks_are_scored_as_the_model_does(tmp_path: Path) -> None:
 
     with pytest.raises(DataError, match="lm_eval ended with exit code 2"):  # a program that is no lm_eval
         run_tasks(bot, tasks, model=ModelConfig(device="cpu"), command=sys.executable)
+
+
+def test_tasks_make_a_page_and_reach_trackers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    "By the command, two tasks: one page, and one run in TensorBoard, with each task's figures, intervals and rows."
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    bot, tasks = make_bot(tmp_path, "tiny"), tasks_of(tmp_path)
+    (tasks / "few.yaml").write_text(TASK.replace("task: sums", "task: few").replace("{test: rows.jsonl}", "{test: few.jsonl}"))
+    (tasks / "few.jsonl").write_text("".join(json.dumps({"question": q, "choices": c}) + "\n" for q, c in ROWS[:4]))
+    monkeypatch.chdir(tmp_path)
+    page, logs = tmp_path / "page.html", tmp_path / "logs"
+    with pytest.raises(SystemExit) as left:
+        main(["lm-eval", str(bot), str(tasks), "--lm-eval-command", LM_EVAL, "--html", str(page), "--track", "--json", "model.device=cpu",
+              f"monitoring.log_dir={logs}"])  # fmt: skip
+    assert not left.value.code
+    reports = {report["data"][0]: report for report in json.loads(capsys.readouterr().out)}
+    assert {name: report["rows"] for name, report in reports.items()} == {"sums": 6, "few": 4}
+    [place] = logs.rglob("events.out.tfevents*")
+    events = EventAccumulator(str(place.parent)).Reload()
+    seen = {name: events.Scalars(name)[0].value for name in events.Tags()["scalars"]}
+    assert seen["evaluation/rows"] == 10
+    shown = page.read_text()
+    for task, report in reports.items():
+        ends = report["intervals"]["acc"]
+        told = {"acc": report["metrics"]["acc"], "acc_low": ends["low"], "acc_high": ends["high"], "rows": report["rows"]}
+        assert {name: seen[f"evaluation/{task}/{name}"] for name in told} == pytest.approx(told)
+        assert f"{report['metrics']['acc']:.4g} [{ends['low']:.3g}, {ends['high']:.3g}]" in shown
+        assert f"num_fewshot of {task}" in shown

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'WHO', 'Bot', 'Data', 'MaxRows', 'MaxTokens', 'Output', 'Html', 'Fresh', 'Track', 'Layout', 'Stop', 'Window',
-           'Stride', 'Tokenizer', 'names_in', 'unescaped', 'writable', 'kept_beside', 'progress_of', 'deliver',
-           'tell_trackers', 'settings_for', 'engine_here', 'evaluate', 'compare', 'lm_eval']
+           'Stride', 'Tokenizer', 'names_in', 'unescaped', 'writable', 'trackable', 'kept_beside', 'progress_of',
+           'deliver', 'tell_trackers', 'settings_for', 'engine_here', 'evaluate', 'compare', 'lm_eval']
 
 # %% ../../nbs/app/538_cli_evaluate.ipynb #bf07fdab
 import contextlib
@@ -77,6 +77,16 @@ def writable(*files: Path | None) -> None:
             raise type(exc)(exc.errno, exc.strerror, str(path)) from exc
 
 
+def trackable(track: bool, cfg: Config) -> None:
+    "Refuse, before anything is asked, trackers that could not be told. Raises `ConfigError` and `MissingExtraError`."
+    from llmbot.monitoring.experiment_tracker import check_trackers
+
+    if track and not cfg.monitoring.trackers:
+        raise ConfigError("--track needs a tracker: name some in monitoring.trackers")
+    if track:
+        check_trackers(cfg.monitoring.trackers)
+
+
 def kept_beside(output: Path | None) -> Path | None:
     "Where answers are kept: report.json, and report.answers.jsonl."
     return output.with_name(f"{output.stem}.answers.jsonl") if output else None
@@ -98,7 +108,7 @@ def deliver(
     html: Path | None,
     track: tuple[str, Config] | None,  # the bot that it is about, and the configuration that names the trackers
 ) -> None:
-    "Write what was asked for, and send it to trackers. Raises `ConfigError` where there is no tracker."
+    "Write what was asked for, and send it to trackers."
     if output:
         found.save(output)
     if html:
@@ -110,11 +120,9 @@ def deliver(
 
 
 def tell_trackers(found: "EvaluationReport | Comparison", ref: str, cfg: Config) -> None:
-    "Send a report to the trackers, and say what they did not take. Raises `ConfigError` where there is none."
+    "Send a report to the trackers, and say what they did not take."
     from llmbot.evaluation.tracking import track
 
-    if not cfg.monitoring.trackers:
-        raise ConfigError("--track needs a tracker: name some in monitoring.trackers")
     for name, left in track(found, ref, cfg).items():
         if left:
             say(f"{name} did not take {left} calls; they are kept beside the run.", "yellow", terminal(sys.stderr))
@@ -167,6 +175,7 @@ def evaluate(
     if not data:
         raise DataError("there is nothing to evaluate on: name held-out rows with --data FILE")
     writable(output, html)
+    trackable(track, cfg)
     from llmbot.evaluation.evaluate import evaluate_bot
 
     names = names_in(metrics if metrics is not None else "exact_match" if server and not tokenizer else "exact_match,perplexity")
@@ -208,6 +217,7 @@ def compare(
     if not data:
         raise DataError("there is nothing to compare on: name held-out rows with --data FILE")
     writable(output, html)
+    trackable(track, cfg)
     from llmbot.evaluation.compare import compare_bots
 
     with progress_of(as_json) as progress:
@@ -231,7 +241,9 @@ def lm_eval(
     chat_template: Annotated[bool, typer.Option("--chat-template", help="Render prompts with the bot's chat template.")] = False,
     command: Annotated[str | None, typer.Option("--lm-eval-command", help="Where lm_eval is; unset: LLMBOT_LM_EVAL, or PATH.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write the reports to this JSON file.")] = None,
+    html: Html = None,
     record: Annotated[bool, typer.Option("--record/--no-record", help="Keep the figures with the bot, where gates read them.")] = True,
+    track: Track = False,
     config: Recipe = None,
     as_json: AsJson = False,
 ) -> None:
@@ -239,8 +251,9 @@ def lm_eval(
     cfg: Config = settle(config, overrides)
     if not tasks_dir.is_dir():
         raise DataError(f"{tasks_dir} is not a directory of task files")
-    writable(output)
-    from llmbot.evaluation.lm_eval import run_tasks
+    writable(output, html)
+    trackable(track, cfg)
+    from llmbot.evaluation.lm_eval import joined, run_tasks
     from llmbot.evaluation.recording import record_report
 
     with only_json(as_json):
@@ -248,9 +261,10 @@ def lm_eval(
                             command=command)  # fmt: skip
         for report in reports if record else ():
             report.notes.append(record_report(report, bot))
-    found: list[dict[str, Any]] = [report.to_dict() for report in reports]
-    if output:
-        write_atomically(output, json.dumps(finite(found), indent=2, ensure_ascii=False) + "\n")
+        found: list[dict[str, Any]] = [report.to_dict() for report in reports]
+        if output:
+            write_atomically(output, json.dumps(finite(found), indent=2, ensure_ascii=False) + "\n")
+        deliver(joined(reports), None, html, (bot, cfg) if track else None)
     if as_json:
         emit(found)
     else:

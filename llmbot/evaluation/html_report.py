@@ -40,10 +40,11 @@ def evaluation_page(
 ) -> str:  # an HTML document
     "The page of an evaluation."
     everything = GroupResult("all", report.rows, report.metrics, report.intervals)
-    groups = [*report.groups, everything]
-    figures = html_table(["", "rows", *report.metrics], [[g.name, g.rows, *(g.cell(name) for name in report.metrics)] for g in groups])
+    groups = [*report.groups, *([everything] if report.metrics else [])]
+    names = list(dict.fromkeys(name for group in groups for name in group.metrics))
+    figures = html_table(["", "rows", *names], [[g.name, g.rows, *(g.cell(name) for name in names)] for g in groups])
     plots = ""
-    for name in report.metrics:
+    for name in names:
         lines = [_line(name, g, f"{g.name} ({g.rows})") for g in groups if name in g.metrics]
         plots += f"<h3>{escape(name)}</h3>" + interval_plot(lines, f"{name}, with 95 % intervals")
     sections = {"Figures": figures + plots}

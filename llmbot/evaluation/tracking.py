@@ -21,7 +21,7 @@ from ..core.evaluations import is_registered
 from ..core.settings import is_url
 from .comparison import Comparison
 from .html_report import save_html
-from .report import EvaluationReport
+from .report import EvaluationReport, GroupResult
 from ..monitoring.experiment_tracker import TRACKING, TrackedRun, TrackerGroup, create_trackers, identity
 
 # %% ../../nbs/evaluation/428_tracking.ipynb #15471287
@@ -53,13 +53,19 @@ def table_of(found: EvaluationReport | Comparison) -> tuple[list[str], list[list
     return ["prompt", "reference", "first", "second", "judged"], [
         [row.prompt, row.reference, row.first, row.second, row.judged] for row in found.examples]
 
+# %% ../../nbs/evaluation/428_tracking.ipynb #7e4a0fc3
+def _of_rows(group: GroupResult) -> dict[str, float]:
+    "Figures, both ends of their intervals, and how many rows they are about; behind the name of a group."
+    ends = {f"{name}_{end}": getattr(interval, end) for name, interval in group.intervals.items() for end in ("low", "high")}
+    return {f"{group.name}/{name}" if group.name else name: value for name, value in {**group.metrics, **ends, "rows": group.rows}.items()}
+
 
 def numbers_of(found: EvaluationReport | Comparison) -> dict[str, float]:
     "The figures under the names that trackers get."
+    numbers: dict[str, float] = {}
     if isinstance(found, EvaluationReport):
-        ends = {f"{name}_{end}": getattr(interval, end) for name, interval in found.intervals.items() for end in ("low", "high")}
-        groups = {f"{group.name}/{name}": value for group in found.groups for name, value in group.metrics.items()}
-        numbers = {**found.metrics, **ends, **groups, "rows": float(found.rows)}
+        for group in (GroupResult("", found.rows, found.metrics, found.intervals), *found.groups):
+            numbers |= _of_rows(group)
     else:
         parts = (("", "value"), ("_first", "first"), ("_second", "second"), ("_p", "p_value"))
         numbers = {f"{name}{end}": getattr(d, part) for name, d in found.differences.items() for end, part in parts
