@@ -11,6 +11,7 @@ import signal
 import weakref
 from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import aclosing
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed here; 'make test-vllm'
 from llmbot.core.adapters import attach_adapter, merge_bot
 from llmbot.core.bot import Manifest
 from llmbot.core.config import Config, LoraConfig, ModelConfig, ServingConfig
-from llmbot.core.errors import BotError, ConfigError, ServingError
+from llmbot.core.errors import BotError, ConfigError, MissingExtraError, ServingError
 from llmbot.core.model_manager import LoadedBot, load_bot, save_bot
 from llmbot.serving.api_server import running_server
 from llmbot.serving.backends import EngineDeadError, register_backend
@@ -430,6 +431,21 @@ def test_a_start_that_fails_says_why_in_one_error(folder: Path, engine: dict[str
 def test_a_head_that_the_cpu_kernels_lack_is_refused_before_the_start(tmp_path: Path) -> None:
     bot = make_bot(tmp_path, "narrow", 1, head_dim=16)
     with pytest.raises(ServingError, match="width 16"):
+        asyncio.run(VllmBackend(str(bot), settings()).start())
+
+
+@pytest.mark.parametrize(("saved", "error", "message"), [
+    ({"quant_method": "bitsandbytes", "load_in_4bit": True}, ServingError, "saved in nf4, and the vLLM that is installed reads no weights"),
+    pytest.param({"quant_method": "torchao", "quant_type": {}}, MissingExtraError, r"llmbot\[torchao\]",
+                 marks=pytest.mark.skipif(find_spec("torchao") is not None, reason="torchao is installed beside vLLM")),
+])  # fmt: skip
+def test_saved_formats_that_vllm_does_not_read_here_are_refused_before_the_start(
+    tmp_path: Path, saved: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    bot = make_bot(tmp_path, "packed", 1, head_dim=32)
+    config = json.loads((bot / "config.json").read_text())
+    (bot / "config.json").write_text(json.dumps(config | {"quantization_config": saved}))
+    with pytest.raises(error, match=message):
         asyncio.run(VllmBackend(str(bot), settings()).start())
 
 

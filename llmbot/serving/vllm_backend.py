@@ -21,11 +21,11 @@ from contextlib import aclosing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..core.architectures import pick_dtype
+from ..core.architectures import kept_bits, pick_dtype
 from ..core.bot import bot_digest, is_adapter, resolve_reference
 from ..core.chat import ChatFormat
 from ..core.config import Config
-from ..core.errors import BotError, ConfigError, MissingExtraError, ServingError
+from ..core.errors import BotError, ConfigError, MissingExtraError, ServingError, require
 from ..core.model_manager import LoadedBot, adapter_settings, context_length, find_base, load_bot
 from ..core.settings import changed
 from .backends import Capabilities, EngineDeadError, EngineLoad, check_request, engine_settings, register_backend
@@ -111,8 +111,9 @@ def check_fits(
     bot: LoadedBot,  # a whole bot
     cfg: Config,
     on_cpu: bool,  # vLLM's build
+    methods: Collection[str],  # formats of weights in few bits that this build reads, by vLLM's names
 ) -> None:
-    "Raise `ServingError` for a bot, `ConfigError` for a setting, that vLLM does not run."
+    "Raise `ServingError` for a bot, `ConfigError` for a setting, that vLLM does not run; `MissingExtraError` without torchao."
     if cfg.model.quantization != "none":
         raise ConfigError("model.quantization is for the torch backend; vLLM reads weights into fewer bits with engine.quantization")
     if changed(cfg.model, "attn_implementation"):
@@ -129,6 +130,11 @@ def check_fits(
         sizes = ", ".join(map(str, CPU_HEAD_SIZES))
         raise ServingError(f"{bot.name} has attention heads of width {width}; vLLM on a CPU computes widths of {sizes}. "
                            "Serve it with serving.backend=torch or onnx.")
+    if (method := (getattr(bot.config, "quantization_config", None) or {}).get("quant_method")) == "torchao":
+        require("torchao", "torchao")
+    elif method is not None and method not in methods:
+        raise ServingError(f"{bot.name} is saved in {kept_bits(bot.config)}, and the vLLM that is installed reads no weights of {method}. "
+                           "Serve it with serving.backend=torch, or the bot that it was made from.")
 
 # %% ../../nbs/serving/338_vllm_backend.ipynb #a1f0c021
 @contextlib.contextmanager
@@ -258,11 +264,12 @@ class EnginePlan:
         "Start vLLM; takes up to minutes. Raises `ServingError`, and `ConfigError` for a setting that cannot be."
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # it would report to its makers
         from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
         from vllm.platforms import current_platform
         from vllm.v1.engine.async_llm import AsyncLLM
 
         on_cpu = current_platform.device_type == "cpu"
-        check_fits(self.base, self.cfg, on_cpu)
+        check_fits(self.base, self.cfg, on_cpu, QUANTIZATION_METHODS)
         check_args(self.settings.args, {f.name for f in dataclasses.fields(AsyncEngineArgs)})
         named = [Path(r.location) for r in map(resolve_reference, self.cfg.serving.adapters) if r.kind == "path"]
         own = [Path(self.bot.reference.location)] if self.bot.base else []
