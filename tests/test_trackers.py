@@ -157,8 +157,12 @@ def tensorboard_events(run_dir: Path, name: str) -> tuple[Numbers, dict[str, Any
 
 
 def test_tensorboard(tracked: Tracked) -> None:
+    from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
+
     scalars, texts = tensorboard_events(tracked.run_dir, "bot")
     check_numbers(tracked, scalars, exact=False)  # TensorBoard keeps float32
+    shown = EventMultiplexer().AddRunsFromDirectory(str(tracked.run_dir))
+    assert list(shown.Runs()) == ["tensorboard/bot"], "what the killed process wrote is not shown as another run"
     assert tracked.id in texts["run/text_summary"][0].tensor_proto.string_val[0].decode()
     assert {"params/text_summary", "samples/text_summary", "artifact/bot/text_summary", "data/report/text_summary"} <= texts.keys()
 

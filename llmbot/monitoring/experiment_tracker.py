@@ -26,7 +26,7 @@ from ..core.own_settings import TRACKER_SETTINGS
 from ..core.recipe import write_atomically
 from ..core.settings import import_object
 from .redaction import Redactor
-from .tracker_queue import Call, Courier, append_calls, read_calls, write_calls
+from .tracker_queue import Call, Courier, Point, append_calls, points, read_calls, without, write_calls
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -284,15 +284,15 @@ def prepare(
     tracker: Tracker,  # the one that it serves
     kept: Sequence[Call],  # what the run has recorded up to where it goes on
     calls: Sequence[Call],  # all that had been recorded
-) -> int:  # the last step that the tracker must not be sent again
+) -> set[Point]:  # what the tracker must not be sent again
     "Make what waits for a tracker agree with the step at which a run goes on."
     lost, stays = lost_calls(courier, calls), set(map(id, kept))
     waits = [*courier.backlog.calls(), *(call for call in lost if id(call) in stays)]
     courier.backlog.replace(kept if tracker.replays else sorted(waits, key=lambda call: int(call.get("number", 0))))
     courier.backlog.refused.unlink(missing_ok=True)
-    gone = set(map(id, lost))
-    had = (call["step"] for call in calls if call["step"] is not None and id(call) not in gone)
-    return -1 if tracker.replays else max(had, default=-1)
+    edge = max((call["step"] for call in kept if call["step"] is not None), default=-1)  # what comes before is not recorded again
+    gone = {id(call) for call in lost} | {id(call) for call in calls if call["step"] is not None and call["step"] < edge}
+    return set() if tracker.replays else set().union(*(points(call) for call in calls if id(call) not in gone))
 
 
 def lost_calls(
@@ -312,7 +312,7 @@ class Recording(Recorder):
     couriers: dict[str, Courier]
     journal: Journal
     _began, _number = False, 0  # `_number`: of the newest call
-    _had: dict[str, int]  # name -> last step that it must not be sent again
+    _had: dict[str, set[Point]]  # name -> what it must not be sent again
     _early: list[Call]  # made before `begin`
 
     def record(self, method: str, args: Sequence[Any], step: int | None) -> None:
@@ -331,8 +331,8 @@ class Recording(Recorder):
         except OSError as exc:
             self.give_up("What is recorded was not written into the trackers' journal, from which a resumed run would tell it again", exc)
         for name, courier in self.couriers.items():
-            if call["step"] is None or call["step"] > self._had[name]:
-                courier.put(call)
+            if (new := without(call, self._had[name])) is not None:
+                courier.put(new)
 
 # %% ../../nbs/monitoring/102_experiment_tracker.ipynb #91d7b3c2
 class Beginning(Recording):
@@ -383,7 +383,7 @@ class TrackerGroup(Beginning):
         self.couriers = {name: Courier(name, t, unsent_file(self.home, name)) for name, t in self.trackers.items()}
         self.journal, self.unsent, self.run = Journal(self.home / "calls.jsonl"), dict[str, int](), run
         self.troubles, self.on_finish = dict[str, int](), list[Callable[[], None]]()  # `on_finish`: called before the trackers close
-        self._had, self._early, self._ended = dict.fromkeys(self.trackers, -1), [], False
+        self._had, self._early, self._ended = {name: set() for name in self.trackers}, [], False
 
     def finish(self, outcome: Outcome = "finished") -> list[str]:  # what a person should know of it
         "Close all trackers, once; `unsent` then says how many calls each of them did not take, and they are on disk."

@@ -29,15 +29,15 @@ class TensorBoardTracker:
     replays = True
 
     def __init__(self, run: TrackedRun, settings: None):
-        self.step = 0  # the newest, for what belongs to none
-        self.run, self.directory = run, run.log_dir / "tensorboard" / run.name
+        self.run, self.directory, self.step = run, run.log_dir / "tensorboard" / run.name, 0  # the newest, for what belongs to none
 
     def start(self) -> None:
         "Open a new event file in the run's directory."
         from torch.utils.tensorboard import SummaryWriter
 
         for path in self.directory.glob("events.out.tfevents.*"):
-            put_aside(path, self.run.log_dir / "replaced")
+            unseen = path.with_name(path.name.replace("tfevents", "events"))  # TensorBoard shows whatever is called tfevents
+            put_aside(path.rename(unseen), self.run.log_dir / "replaced")
         self.writer = SummaryWriter(str(self.directory))
         facts = {key: value for key, value in vars(self.run).items() if key in ("name", "id", "method", "parent", "root") and value}
         self.writer.add_text("run", as_markdown(["", ""], [[key, str(value)] for key, value in facts.items()]), 0)
