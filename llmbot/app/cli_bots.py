@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import typer
 
-from .cli_config import AsJson
+from .cli_config import AsJson, check_unused
 from .console import cell, emit, only_json, say, table, terminal
 from ..core.architectures import PRESETS
 from ..core.bot import Manifest, bots_directory, list_bots, verify_bot
@@ -164,11 +164,13 @@ def diff(
 def card(
     bot: Bot,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="File to write.", show_default="print it")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file.")] = False,
     as_json: AsJson = False,
 ) -> None:
     "Print the model card, with what was measured since the bot was made."
     text = bot_facts(bot).card()
     if output:
+        check_unused(output, force)
         write_atomically(output, text)
     if as_json:
         emit({"bot": bot, "card": text, "output": output})

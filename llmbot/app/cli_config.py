@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Arguments', 'AsJson', 'Overrides', 'Recipe', 'app', 'Output', 'read_arguments', 'complete_bot', 'settle', 'differing',
-           'show', 'validate', 'deliver', 'schema', 'init']
+           'show', 'validate', 'check_unused', 'deliver', 'schema', 'init']
 
 # %% ../../nbs/app/525_cli_config.ipynb #d441582f
 import json
@@ -106,6 +106,15 @@ def validate(
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="Write to this file, not to standard output.")]
 
 
+def check_unused(
+    output: Path,  # a file to be written
+    overwrite: bool,  # whether one that is there may be replaced
+) -> None:
+    "Raises `ConfigError` for a file that is there and may not be replaced."
+    if output.exists() and not overwrite:
+        raise ConfigError(f"{output} is there already. Choose another file, or add --force to replace it.")
+
+
 def deliver(
     text: str,  # a whole file
     output: Path | None,  # where; None: standard output
@@ -115,8 +124,7 @@ def deliver(
     if output is None:
         typer.echo(text, nl=False)
         return
-    if output.exists() and not overwrite:
-        raise ConfigError(f"{output} is there already. Choose another file, or add --force to replace it.")
+    check_unused(output, overwrite)
     write_atomically(output, text)
     say(f"Wrote {output}.", "green")
 

@@ -165,14 +165,14 @@ def find_base(
     parent, wanted = (manifest.parent, manifest.parent_digest) if manifest else (None, None)
     if (parent or "").startswith("hf:"):
         return resolve_reference(str(parent))
-    places = [directory / base, Path(parent or base), bots_directory() / (parent or base), directory.resolve().parent / Path(base).name]
+    places = [directory / base, *(at / (parent or base) for at in (directory, Path(), bots_directory()))]
+    places.append(directory.resolve().parent / Path(base).name)
     places = [p.resolve() for p in places if p.is_dir() and p.resolve() != directory.resolve()]
     digests = same_bots(places, wanted) if wanted else {}
-    there = list(digests) or places
-    for place in there:
+    for place in list(digests) or places:
         if wanted is None or digests[place] == wanted:
             return resolve_reference(place)
-    if wanted is None and not there and not Path(base).is_absolute() and base.count("/") == 1:
+    if wanted is None and not Path(base).is_absolute() and base.count("/") == 1:
         return resolve_reference(f"hf:{base}")
     found = "".join(f"\n  {place} has {digest}" for place, digest in digests.items()) or "\n  nothing is there"
     raise BotError(
