@@ -15,11 +15,13 @@ from tiny_bots import make_bot
 from llmbot.core.config import Config, DataConfig, ModelConfig
 from llmbot.core.errors import BotError, ConfigError, DataError
 from llmbot.core.model_manager import load_bot, new_model, save_bot, train_tokenizer
+from llmbot.core.registry_aliases import check_gate
 from llmbot.evaluation.compare import compare_bots
 from llmbot.evaluation.evaluate import evaluate_bot
 from llmbot.evaluation.html_report import comparison_page, evaluation_page
 from llmbot.evaluation.page import round_ends
 from llmbot.evaluation.recording import figures_of
+from llmbot.evaluation.report import ALIKE
 from llmbot.monitoring.text_metrics import corpus_metric, exact_match, get_metric, token_f1
 
 CPU = ModelConfig(device="cpu")
@@ -148,12 +150,29 @@ def test_one_row_has_no_interval(bot: str, tmp_path: Path) -> None:
     assert ("interval" in kept, kept["settings"]["no_interval"]) == (False, ["exact_match", "perplexity"])
     grouped = evaluate_bot(bot, data, ["exact_match"], model=CPU, max_rows=5, max_new_tokens=4, group_by="skill")
     assert list(grouped.intervals) == ["exact_match"]
-    assert grouped.notes == ["no interval of exact_match, hard: from one row alone none can be given"]
+    assert grouped.notes == [f"no spread of exact_match: {ALIKE}", f"no spread of exact_match, easy: {ALIKE}",
+                             "no interval of exact_match, hard: from one row alone none can be given"]  # fmt: skip
     pair = compare_bots(bot, bot, data, ["token_f1"], model=CPU, max_rows=1, max_new_tokens=4, resamples=20)
     assert math.isnan(pair.differences["token_f1"].p_value)
     assert "no interval and no p of the difference of token_f1: from one row alone none can be given" in comparison_page(pair)
     pair.save(tmp_path / "pair.json")
     assert json.loads((tmp_path / "pair.json").read_text())["differences"]["token_f1"]["interval"] == {"low": None, "high": None}
+
+
+def test_rows_that_are_alike_have_no_spread(bot: str, tmp_path: Path) -> None:
+    "An interval of width zero is marked and explained: in the report, on the page, in a notebook, to a gate, and for a difference."
+    data = write(tmp_path / "rows.jsonl", TALKS)
+    report = evaluate_bot(bot, data, ["exact_match", "perplexity"], model=CPU, max_rows=4, max_new_tokens=4, group_by="skill")
+    assert (report.metrics["exact_match"], report.intervals["exact_match"].flat, report.intervals["perplexity"].flat) == (0.0, True, False)
+    said = f"no spread of exact_match: {ALIKE}"
+    assert all(said in text for text in (report.notes, evaluation_page(report), report._repr_html_()))
+    assert any(note.startswith("no spread of exact_match, ") for note in report.notes), "and of a group"
+    assert "0 [0, 0] no spread" in evaluation_page(report)
+    figures = figures_of(report)
+    gate = check_gate(figures, "exact_match.high<=0.5", report.digest or "")
+    assert (gate.passed, "exact_match is 0 (0 to 0, no spread)" in str(gate)) == (True, True)
+    pair = compare_bots(bot, bot, data, ["exact_match"], model=CPU, max_rows=4, max_new_tokens=4, resamples=20)
+    assert f"no spread of the difference of exact_match: {ALIKE}, and neither does its p" in comparison_page(pair)
 
 
 def test_earlier_turns_and_system_prompt_are_part_of_the_question(bot: str, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from llmbot.core.evaluations import known_metrics
 from llmbot.core.registry import register, verify_registry
 from llmbot.core.registry_aliases import promote
 from llmbot.evaluation.evaluate import evaluate_bot
+from llmbot.evaluation.report import ALIKE
 
 SLOW = '''
 import asyncio, os
@@ -113,7 +114,7 @@ def test_another_run_does_not_take_the_answers(home: Path) -> None:
                             "stop": {"stop": "x"}}.items():  # fmt: skip
         with pytest.raises(ConfigError, match=f"another run.*{reason}: was"):
             again(**changes)
-    assert again("other", fresh=True).notes == []
+    assert again("other", fresh=True).notes == [f"no spread of token_f1: {ALIKE}"]
     write(home / "rows.jsonl", [*TALKS[1:], TALKS[0]])
     with pytest.raises(ConfigError, match="data: was"):
         again("other")

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['EXPORT_METHOD', 'HUB_LICENSES', 'TOLD', 'escaped', 'code', 'table', 'dotted', 'digest_of', 'measured', 'shown',
            'about', 'license_fields', 'relation', 'index_entry', 'card_header', 'method_section', 'data_section',
-           'settings_lines', 'compared_parts', 'figures_section', 'hardware_section', 'other_ways', 'license_section',
-           'model_card']
+           'spread_note', 'settings_lines', 'compared_parts', 'figures_section', 'hardware_section', 'other_ways',
+           'license_section', 'model_card']
 
 # %% ../../nbs/core/011_model_card.ipynb #800ba827
 import hashlib
@@ -85,7 +85,8 @@ def shown(
     if not isinstance(figure, Mapping):
         return f"{figure:.4g}" if isinstance(figure, float) else str(figure)
     low, high = figure.get("interval") or (None, None)
-    return shown(figure["value"]) + (f" ({shown(low)} to {shown(high)})" if low is not None else "")
+    around = f" ({shown(low)} to {shown(high)}{', no spread' * (low == high)})"
+    return shown(figure["value"]) + (around if low is not None else "")
 
 
 def about(
@@ -191,6 +192,15 @@ def data_section(
         return "## Data\n\nNot recorded."
     return "## Data\n\n" + table(("files", "rows", "fingerprint"), rows)
 
+# %% ../../nbs/core/011_model_card.ipynb #a90c3be1
+def spread_note(
+    figures: Iterable[Mapping[str, Any]],
+) -> str:  # empty where every interval has a width
+    "What an interval of width zero does not say."
+    ends = [figure.get("interval") or (None, None) for figure in figures]
+    flat = any(low is not None and low == high for low, high in ends)
+    return " No spread: the rows are all alike in it, which does not say how far other rows would move it." if flat else ""
+
 
 def settings_lines(
     figures: Iterable[Mapping[str, Any]],
@@ -216,7 +226,9 @@ def compared_parts(
                      ", ".join(str(f.get(key, "?")) for key in ("wins", "losses", "ties")) + judged, other, *about(f)))
     note = ("Both bots answered the same rows. In brackets: the interval of the difference, by resampling the rows of both together. In "
             "brackets behind the other bot: the beginning of its digest.")
-    return ["### Compared with other bots", table(header, rows), note, *settings_lines(found.values())] if rows else []
+    if not rows:
+        return []
+    return ["### Compared with other bots", table(header, rows), note + spread_note(found.values()), *settings_lines(found.values())]
 
 # %% ../../nbs/core/011_model_card.ipynb #e31c1ef0
 def figures_section(
@@ -226,7 +238,7 @@ def figures_section(
     (found, others), (differences, stale) = measured(facts), measured(facts, over=True)
     rows = [(name, shown(figure), *about(figure)) for name, figure in found.items()]
     header, note = ("metric", "value", "split", "data", "rows"), "In brackets: the interval that resampling rows gives."
-    parts = [table(header, rows), note] if rows else []
+    parts = [table(header, rows), note + spread_note(found.values())] if rows else []
     parts += settings_lines(found.values())
     if others or stale:
         parts.append(f"Left out, because other weights were measured: {', '.join(map(code, [*others, *stale]))}.")

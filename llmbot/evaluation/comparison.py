@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from .judge import Judgement
 from .measure import LIKELIHOOD
 from .recording import part_of, record_figures
-from .report import name_of_rows, plain
+from .report import ALIKE, name_of_rows, plain
 from ..monitoring.bootstrap import Difference, sign_test
 
 if TYPE_CHECKING:
@@ -107,6 +107,8 @@ def comparison_lines(
     if bare := ", ".join(name for name, d in found.differences.items() if not d.interval.known):
         why = "from one row alone none can be given" if found.rows == 1 else "in some resamples it is no number"
         notes.append(f"no interval and no p of the difference of {bare}: {why}")
+    if flat := ", ".join(name for name, d in found.differences.items() if d.interval.flat):
+        notes.append(f"no spread of the difference of {flat}: {ALIKE}, and neither does its p")
     if any(name in LIKELIHOOD for name in found.differences):
         notes.append("of loss, perplexity and bits_per_byte less is better")
     notes += [f"{name}: first {value['first']}, second {value['second']}" for name, value in found.settings.items() if apart(value)]

@@ -20,7 +20,7 @@ from .asking import Asked, Asking, ask_all, prepared
 from .measure import LIKELIHOOD
 from .questions import Question, fingerprint
 from .recording import record_report
-from .report import AnsweredRow, EvaluationReport, GroupResult, without_interval
+from .report import AnsweredRow, EvaluationReport, GroupResult, interval_notes
 from ..monitoring.bootstrap import CONFIDENCE, RESAMPLES, SEED, figure_interval, interval
 from ..monitoring.text_metrics import RowScore, exact_match, get_metric
 
@@ -112,7 +112,7 @@ def _fill_in(report: EvaluationReport, metrics: Sequence[str], asked: Asked, par
     of_answers = [get_metric(name) for name in metrics if name not in LIKELIHOOD]
     report.settings |= {f"{metric.name}_signature": metric.signature() for metric in of_answers if metric.signature is not None}
     resampled = [*LIKELIHOOD, *(metric.name for metric in of_answers if metric.resampled)]
-    report.notes += [line for group in (everything, *report.groups) for line in without_interval(group, resampled)]
+    report.notes += [line for group in (everything, *report.groups) for line in interval_notes(group, resampled)]
     if bare := [name for name in everything.metrics if name in resampled and name not in everything.intervals]:
         report.settings["no_interval"] = bare
     if report.intervals:

@@ -8,6 +8,7 @@ __all__ = ['find_lm_eval', 'task_names', 'tasks_fingerprint', 'reports_of', 'run
 # %% ../../nbs/evaluation/430_lm_eval.ipynb #99099752
 import hashlib
 import json
+import math
 import os
 import secrets
 import shutil
@@ -25,7 +26,7 @@ from ..core.config import Config, ModelConfig, ServingConfig
 from ..core.errors import DataError, MissingExtraError
 from ..core.model_manager import context_length, load_bot
 from .asking import check_template
-from .report import EvaluationReport, GroupResult
+from .report import EvaluationReport, GroupResult, interval_notes
 from ..monitoring.bootstrap import Interval
 
 # %% ../../nbs/evaluation/430_lm_eval.ipynb #daf0e0c1
@@ -93,9 +94,11 @@ def reports_of(
             name = name if kind == "none" else f"{name}_{kind}"
             report.metrics[name] = float(value)
             error = values.get(f"{key.partition(',')[0]}_stderr,{kind}")
-            if isinstance(error, int | float):
+            if isinstance(error, int | float) and math.isfinite(error):
                 report.intervals[name] = Interval(value - 1.96 * error, value + 1.96 * error)
         report.settings["resampled"] = "rows, by lm_eval's standard error"
+        bare = list(report.metrics) if report.rows == 1 else []
+        report.notes = interval_notes(GroupResult(task, report.rows, report.metrics, report.intervals), bare)
         reports.append(report)
     return reports
 

@@ -31,8 +31,13 @@ class Interval:
         "Whether both ends are numbers, if need be infinite ones."
         return not (math.isnan(self.low) or math.isnan(self.high))
 
+    @property
+    def flat(self) -> bool:
+        "Whether all resamples gave the same: rows that are alike have no spread, which says nothing about other rows."
+        return self.low == self.high
+
     def __str__(self) -> str:
-        return f"[{self.low:.3g}, {self.high:.3g}]" if self.known else "[no interval]"
+        return f"[{self.low:.3g}, {self.high:.3g}]{' no spread' * self.flat}" if self.known else "[no interval]"
 
 
 UNKNOWN = Interval(math.nan, math.nan)
