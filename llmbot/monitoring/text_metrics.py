@@ -8,6 +8,7 @@ __all__ = ['RowScore', 'CorpusScore', 'TextMetric', 'row_metric', 'corpus_metric
 
 # %% ../../nbs/monitoring/110_text_metrics.ipynb #87570030
 import difflib
+import functools
 import importlib
 import re
 import string
@@ -106,7 +107,16 @@ def _imported(name: str) -> TextMetric:
     row = import_object(name, "the metric")
     if not callable(row):
         raise ConfigError(f"'{name}' is no function of an answer and a reference")
-    row_metric(name)(row)
+
+    @functools.wraps(row)
+    def scored(answer: str, reference: str) -> float:
+        try:
+            return float(row(answer, reference))
+        except Exception as exc:  # somebody else's code may raise anything
+            what = f"the metric '{name}' has no score for the answer {answer[:80]!r} and the reference {reference[:80]!r}"
+            raise ConfigError(f"{what} ({type(exc).__name__}: {exc})") from exc
+
+    row_metric(name)(scored)
     return _metrics[name]
 
 # %% ../../nbs/monitoring/110_text_metrics.ipynb #27568683
