@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BOUNDS', 'GREEDY_BELOW', 'MAX_STOP_STRINGS', 'MAX_STOP_LENGTH', 'MAX_BIASED_TOKENS', 'MAX_BIAS', 'MAX_CONSTRAINT',
-           'ConstraintKind', 'FinishReason', 'RequestError', 'Constraint', 'SamplingParams', 'GenerationRequest',
-           'TokenLogprob', 'Chunk', 'joined']
+           'ConstraintKind', 'MAX_ITEMS', 'FinishReason', 'RequestError', 'Constraint', 'SamplingParams',
+           'GenerationRequest', 'TokenLogprob', 'Chunk', 'joined']
 
 # %% ../../nbs/serving/300_sampling_params.ipynb #7dec0682
 import json
@@ -57,6 +57,16 @@ MAX_CONSTRAINT = 64_000  # characters of a schema or an expression
 ConstraintKind = Literal["json_object", "json_schema", "regex", "grammar"]
 
 
+MAX_ITEMS = 10_000  # that a list of a schema may have to have, or may have: a grammar is built with a place for each
+
+
+def _bounded_lists(schema: dict[str, Any]) -> dict[str, Any]:
+    for name in ("minItems", "maxItems"):
+        if isinstance(schema.get(name), int | float) and schema[name] > MAX_ITEMS:
+            raise ValueError(f"{name} is {schema[name]}; at most {MAX_ITEMS} may be")
+    return schema
+
+
 @dataclass(frozen=True)
 class Constraint:
     "The form that an answer must have. Raises `RequestError` for a schema that is no JSON object, or too long."
@@ -69,7 +79,7 @@ class Constraint:
             raise RequestError(f"the {self.kind} has {len(self.text)} characters; at most {MAX_CONSTRAINT} may be",
                                param=self.param, code="invalid_value")
         try:
-            if self.kind == "json_schema" and not isinstance(json.loads(self.text), dict):
+            if self.kind == "json_schema" and not isinstance(json.loads(self.text, object_hook=_bounded_lists), dict):
                 raise ValueError("it is not a JSON object")
         except (ValueError, RecursionError) as exc:
             raise RequestError(f"the JSON schema cannot be read: {exc}", param=self.param, code="invalid_value") from exc
