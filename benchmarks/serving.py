@@ -34,6 +34,7 @@ from typing import Any
 
 SERVERS = ("torch", "onnx", "vllm", "vllm-server")
 LOOPS = ("static", "sequential", "genai")
+STAMPS = "LLMBOT_BENCHMARK_STAMPS"  # the file that `timed` writes
 
 
 @dataclass
@@ -103,7 +104,7 @@ async def read_events(reader: asyncio.StreamReader, answered: Answered) -> None:
         now = time.perf_counter()
         for event in events:
             if b'"error"' in event[:20]:
-                answered.status = 500
+                answered.status, answered.said = 500, event.decode(errors="replace")[:300]
             elif event.startswith(b"data: {"):
                 choices = json.loads(event[6:])["choices"]
                 if choices and (choices[0].get("text") or choices[0].get("token_ids")):
@@ -138,7 +139,7 @@ async def drive(url: str, model: str, plan: Sequence[Ask], clients: int, limit_s
 
 
 @contextlib.contextmanager
-def server(runner: str, bot: Path, args: argparse.Namespace) -> Iterator[str]:
+def server(runner: str, bot: Path, args: argparse.Namespace, more: dict[str, str] | None = None) -> Iterator[str]:
     "Start one in a process of its own; its URL once it answers."
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
@@ -152,7 +153,7 @@ def server(runner: str, bot: Path, args: argparse.Namespace) -> Iterator[str]:
         command = ["-m", "llmbot.app.cli", "serve", str(bot), "--port", str(port), f"serving.backend={runner}",
                    "serving.max_concurrent_requests=64", "serving.max_queue_size=1000",
                    "serving.log_level=warning", *engine, *args.settings]
-    env = {**os.environ, "OMP_NUM_THREADS": str(args.threads), "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "2"}
+    env = {**os.environ, "OMP_NUM_THREADS": str(args.threads), "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "2", **(more or {})}
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen([sys.executable, *command], env=env, stdout=log, stderr=subprocess.STDOUT)
         try:
@@ -330,44 +331,39 @@ def compare(args: argparse.Namespace, folder: Path) -> None:
 
 
 def overhead(args: argparse.Namespace, folder: Path) -> None:
-    "Milliseconds that HTTP and JSON add to a token: the same answers read from the backend itself, in one process each."
+    "Milliseconds from the moment that a backend has a token until a client has read it: queues, JSON and HTTP, both ways of a socket."
     bot, _, vocabulary = bots(args, folder, [])
     prompt = make_plan(args, vocabulary)[0].prompt
     plan = [Ask(0, prompt, args.context - len(prompt) - 1)] * args.rounds
-    command = [sys.executable, __file__, *sys.argv[1:], "--child", "backend", str(bot)]
-    done = subprocess.run(command, input=json.dumps([asdict(a) for a in plan]), capture_output=True, text=True, check=True)
-    inside = [Answered(**a) for a in json.loads(done.stdout.splitlines()[-1])]
-    with server("torch", bot, args) as url:
-        outside = asyncio.run(drive(url, bot.name, plan, 1, args.limit_s))
-    each = [statistics.median(1000 * (b - a) for answer in side for a, b in zip(answer.tokens, answer.tokens[1:], strict=False))
-            for side in (inside, outside)]
-    print(f"{args.preset}: {each[0]:.3f} ms a token from the backend, {each[1]:.3f} through the API; "
-          f"{each[1] - each[0]:.3f} ms are the API's")
+    stamps = folder / "stamps.jsonl"
+    found = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    with server("serving:timed", bot, args, {"PYTHONPATH": found, STAMPS: str(stamps)}) as url:
+        asyncio.run(drive(url, bot.name, plan[:1], 1, args.limit_s))  # the first builds what is built once
+        stamps.unlink()
+        read = asyncio.run(drive(url, bot.name, plan, 1, args.limit_s))
+        if said := [answered.said for answered in read if answered.status != 200]:
+            raise RuntimeError(f"not all was answered: {said[0]}")
+        made = [json.loads(line) for line in stamps.read_text().splitlines()]
+    late = [1000 * (b - a) for had, got in zip(made, read, strict=True) for a, b in zip(had, got.tokens, strict=True)]
+    print(f"{args.preset}: {len(late)} tokens, each with the client {statistics.median(late):.3f} ms after the backend had it "
+          f"(median; {percentile(late, 0.99):.3f} ms at the 99th percentile)")
 
 
-def loop_backend(bot: Path, plan: Sequence[Ask], args: argparse.Namespace) -> list[Answered]:
-    "The torch backend without HTTP."
-    import torch
+def timed(bot_ref: str, cfg: Any) -> Any:
+    "A factory for `serving.backend`: the torch backend, which writes down when it had each piece of text."
+    from llmbot.serving.torch_backend import TorchBackend
 
-    from llmbot.core.config import Config
-    from llmbot.serving.backends import create_backend
-    from llmbot.serving.sampling_params import GenerationRequest, SamplingParams
+    class Timed(TorchBackend):
+        async def generate(self, request: Any) -> Any:
+            had = []
+            async for chunk in super().generate(request):
+                had += [time.perf_counter()] if chunk.text else []
+                if chunk.finish_reason:
+                    with Path(os.environ[STAMPS]).open("a") as file:
+                        print(json.dumps(had), file=file)
+                yield chunk
 
-    torch.set_num_threads(args.threads)
-
-    async def all_of_them() -> list[Answered]:
-        backend, found = create_backend("torch", str(bot), Config()), []
-        await backend.start()
-        for number, ask in enumerate(plan):
-            answered = Answered(200, time.perf_counter())
-            params = SamplingParams(max_new_tokens=ask.max_tokens, temperature=0, ignore_eos=True)
-            async for chunk in backend.generate(GenerationRequest(tuple(ask.prompt), params, str(number), True)):
-                answered.tokens += [time.perf_counter()] if chunk.text else []
-            found.append(answered)
-        await backend.stop()
-        return found
-
-    return asyncio.run(all_of_them())
+    return Timed(bot_ref, cfg)
 
 
 def overload(args: argparse.Namespace, folder: Path) -> None:
@@ -411,7 +407,7 @@ def main() -> None:
     args = parser.parse_args()
     args.rate = args.rate if not args.clients else 0.0
     if args.child:
-        loops = {"static": loop_static, "sequential": loop_sequential, "genai": loop_genai, "backend": loop_backend}
+        loops = {"static": loop_static, "sequential": loop_sequential, "genai": loop_genai}
         plan = [Ask(**a) for a in json.load(sys.stdin)]
         print(json.dumps([asdict(a) for a in loops[args.child[0]](Path(args.child[1]), plan, args)]))
         return
