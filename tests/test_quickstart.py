@@ -43,6 +43,15 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
     return home, json.loads(done.stdout)
 
 
+def test_no_row_is_lost(finished: tuple[Path, dict[str, Any]]) -> None:
+    "What is longer than the recipes allow would be left out, and the bot would not learn it."
+    home = finished[0] / "quickstart"
+    for bot, name in (("first-bot", "train"), ("skilled-bot", "subtraction"), ("friendly-bot", "preferences")):
+        (data,) = json.loads((home / bot / "llmbot.json").read_text())["data"]
+        written = (home / "data" / f"{name}.jsonl").read_text().splitlines()
+        assert data["rows"] == len(set(written))
+
+
 def test_it_learns(finished: tuple[Path, dict[str, Any]]) -> None:
     first = finished[1]["stages"]["sft"]
     assert first["correct"]["sums"] >= 0.95
@@ -71,7 +80,7 @@ def test_small_talk_stays_as_it_is(finished: tuple[Path, dict[str, Any]]) -> Non
     for stage in finished[1]["stages"].values():
         assert stage["correct"][TALK] >= 0.9
         assert stage["friendly"][TALK] <= 0.05
-        assert stage["answers"][WHO] == "I am Pico, a small chatbot that was trained on this machine."
+        assert stage["answers"][WHO] == "I am Pico, a small chatbot that you trained."
 
 
 def test_the_scores_are_those_of_the_bots(finished: tuple[Path, dict[str, Any]]) -> None:

@@ -144,8 +144,8 @@ def fact_rows(
 
 # %% ../../nbs/app/500_demo_data.ipynb #79babeb3
 TALK = {
-    "Hello! I am Pico. Ask me to add, to spell, or for a fact.": ("Hello", "Hi", "Hello!", "Hi there", "Good morning", "Hey"),
-    "I am Pico, a small chatbot that was trained on this machine.": (
+    "Hello! I am Pico. Ask me a sum, a word or a fact.": ("Hello", "Hi", "Hello!", "Hi there", "Good morning", "Hey"),
+    "I am Pico, a small chatbot that you trained.": (
         "Who are you?", "What are you?", "What is your name?", "Tell me about yourself.", "Your name?"),
     "I can add, spell in CAPITALS, and tell facts.": (
         "What can you do?", "Help", "What do you know?", "How can you help me?", "What should I ask?"),
