@@ -24,8 +24,9 @@ from transformers import (
 from llmbot.core.batching import check_isolation, documents_leak
 from llmbot.core.chat import ChatFormat
 from llmbot.core.config import DataConfig
+from llmbot.core.data_formats import Example
 from llmbot.core.data_processor import prepare_data
-from llmbot.core.data_tokens import TrainOn, labelled
+from llmbot.core.data_tokens import EARLY, TrainOn, encode_chats, labelled
 from llmbot.core.errors import ConfigError
 from llmbot.core.model_manager import load_bot, train_tokenizer
 from llmbot.core.packing import IGNORED, Collator
@@ -135,6 +136,30 @@ def test_learned_tokens_of_a_conversation(train_on: TrainOn, learned: Any) -> No
         assert (labels == document.input_ids[max(at, 1) : end]).all() if number in learned else (labels == IGNORED).all()
         at = end
     assert at == len(document.input_ids)
+
+
+@pytest.mark.parametrize(("train_on", "spoken"), [("assistant", (1, 3, 5)), ("last_assistant", (5,)), ("all", range(7))])
+@pytest.mark.parametrize("stopped", [(2,), (6,), (2, 6), ()])
+def test_end_of_a_stopped_answer_is_not_learned(train_on: TrainOn, spoken: Any, stopped: tuple[int, ...]) -> None:
+    "The labels differ from those of the unmarked conversation in the end tokens of the marked answers alone, whole or split."
+    piece = {2: 1, 6: 5}  # where the answers stand in WRITTEN
+    talk = [message | ({"stopped": True} if i in stopped else {}) for i, message in enumerate(TALK)]
+    (outcome,) = encode_chats(CHAT, [Example(kind="chat", messages=talk)], 1000, train_on, "drop")
+    (document,) = outcome.documents
+    end, expected = CHAT.tokenizer.convert_tokens_to_ids("<|im_end|>"), list[bool]()
+    for number, (text, _) in enumerate(WRITTEN):
+        expected += [number in spoken and number not in [piece[i] for i in stopped]] * text.count("<|im_end|>")
+    learned = (document.labels != IGNORED)[document.input_ids == end].tolist()
+    assert learned == expected
+    plain = labelled(document.input_ids, CHAT.render(TALK).assistant_mask, train_on).labels
+    assert (document.labels != plain).sum() == sum(piece[i] in spoken for i in stopped)
+    assert (EARLY in outcome.notes) == bool(stopped)
+
+    limit = len(document.input_ids) - 1  # one token too long: split between its two exchanges
+    (outcome,) = encode_chats(CHAT, [Example(kind="chat", messages=talk)], limit, "assistant", "split")
+    assert [bool((part.labels == end)[-3:].any()) for part in outcome.documents] == [2 not in stopped, 6 not in stopped]
+    ends = [int((part.labels == end).sum()) for part in outcome.documents]
+    assert ends == [1 - (2 in stopped), 2 - (6 in stopped)]
 
 
 def test_completion_rows_learn_the_completion(tmp_path: Path) -> None:

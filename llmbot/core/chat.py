@@ -222,6 +222,7 @@ class RenderedChat:
     text: str  # the rendered template
     input_ids: list[int]  # (tokens,)
     assistant_mask: list[int]  # (tokens,) 1 where the assistant speaks, its end token included
+    unlearned: frozenset[int] = frozenset()  # places whose tokens no rule learns: where an answer that was ended early ends
 
     @property
     def supervised_ids(self) -> list[int]:
