@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import sys
 import warnings
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import trl
 from recipes import built, on, recipe, talk, train, write
 from safetensors.torch import load_file
 
@@ -17,6 +19,8 @@ from llmbot.core.chat import ChatFormat
 from llmbot.core.config import Config
 from llmbot.core.errors import ConfigError, TrainingError
 from llmbot.core.model_manager import load_bot
+from llmbot.training import grpo_trainer
+from llmbot.training.grpo_trainer import GreedyEvaluation
 from llmbot.training.trainer import TrainingResult
 
 PAIRS = [(a, b) for a in (1, 2, 3) for b in (1, 3, 5)]
@@ -129,6 +133,24 @@ def test_kl_begins_at_zero_and_grows(adapter: bool, merge: bool, home: Path) -> 
     assert max(kl[1:]) > 1e-6
     assert (result.bot / "adapter_config.json").exists() == (adapter and not merge)
     assert json.loads((result.bot / "llmbot.json").read_text())["method"] == "grpo"
+
+
+@pytest.mark.parametrize(("place", "name", "where"), [
+    (torch.optim.AdamW, "step", "at step 1"), (grpo_trainer, "greedy_ids", "in the evaluation before"),
+    (GreedyEvaluation, "evaluate", "in the evaluation"), (trl.GRPOTrainer, "_generate_and_score_completions", "at step 1"),
+])  # fmt: skip
+def test_out_of_memory_counts_the_answers(place: Any, name: str, where: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    "The tokens that the diagnosis reckons with are those of the longest prompt and of the longest answer that may be sampled."
+    monkeypatch.setattr(place, name, lambda *a, **k: (_ for _ in ()).throw(torch.OutOfMemoryError()))
+    cfg = judged(home, **{"method.max_new_tokens": 21, "method.adapter": True, "training.eval_steps": 1})
+    with pytest.raises(TrainingError, match=f"Out of memory {where}") as error:
+        train(cfg)
+    chat = load_bot(home / "careless", device="cpu").chat
+    asked = [len(chat.prompt_ids([{"role": "user", "content": row["prompt"]}])) for row in rows(WORDINGS)]
+    rows_told, told = re.search(r"with (\d+) rows of (\d+) tokens", str(error.value)).groups()  # type: ignore[union-attr]
+    assert min(asked) + 21 <= int(told) <= max(asked) + 21
+    assert int(rows_told) >= 4
+    assert "method.max_new_tokens=10" in str(error.value)
 
 
 def test_resumed_in_the_middle_of_a_batch_of_answers(home: Path) -> None:

@@ -359,6 +359,7 @@ def policy_trainer(
         train_dataset=run.data.train, eval_dataset=run.data.validation, processing_class=run.tokenizer, callbacks=list(run.callbacks),
     )
     trainer.rewards, trainer.beta, trainer.eos_token_ids = rewards, settings.beta, run.chat.stop_token_ids
+    trainer.new_tokens = settings.max_new_tokens
     if reference is not None:
         add_fused_lm_head(reference, temperature=settings.temperature)
         trainer.ref_model = trainer.accelerator.prepare_model(reference, evaluation_mode=True)

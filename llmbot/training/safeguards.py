@@ -132,6 +132,7 @@ def out_of_memory(
 ) -> TrainingError:
     "Say what used the memory, and the three changes that save most."
     use, adam = memory_of(trainer, rows, length, bool(evaluation)), "adamw" in str(trainer.args.optim)
+    new = getattr(trainer, "new_tokens", 0)
     batch, size = use["activations"] + use["logits"], rows // max(1, getattr(trainer, "row_unit", 1))
     layers = trainer.accelerator.unwrap_model(trainer.model).config.get_text_config().num_hidden_layers
     recompute = 0 if trainer.args.gradient_checkpointing or evaluation else use["activations"] * (1 - 1 / layers)
@@ -140,6 +141,7 @@ def out_of_memory(
     ways = [
         (batch / 2 if size > 1 else 0, smaller),
         (recompute, "training.gradient_checkpointing=true"),
+        (batch / 2 * new / length, f"method.max_new_tokens={max(1, new // 2)}") if new else
         (batch / 2, f"data.max_seq_length={max(1, length // 2)}"),
         (use["optimizer"] * 0.99 if adam else 0, "training.optimizer=adafactor"),
         (0.95 * (use["gradients"] + use["optimizer"]), adapter_setting(trainer)),
@@ -159,10 +161,11 @@ def ran_out(error: BaseException) -> bool:
 
 def shape_of(
     inputs: Any,  # a micro-batch: tensors by name, or rows to which answers are still to be made
+    new_tokens: int = 0,  # of such an answer, at most
 ) -> tuple[int, int]:  # rows, and tokens of the longest
     "The size of a micro-batch."
     if isinstance(inputs, list):
-        return len(inputs), max(len(row.get("prompt_ids", ())) for row in inputs)
+        return len(inputs), max(len(row.get("prompt_ids", ())) for row in inputs) + new_tokens
     return next((v.shape[0], v.shape[1]) for v in inputs.values() if isinstance(v, torch.Tensor) and v.ndim == 2)
 
 
@@ -188,7 +191,8 @@ def memory_told(
             raise
         rows, length = getattr(trainer, "shape", (1, 1))
         if evaluation:
-            rows, length = trainer.args.per_device_eval_batch_size * max(1, getattr(trainer, "row_unit", 1)), longest_row(dataset)
+            rows = trainer.args.per_device_eval_batch_size * max(1, getattr(trainer, "row_unit", 1))
+            length = longest_row(dataset) + getattr(trainer, "new_tokens", 0)
         raise out_of_memory(trainer, rows, length, evaluation) from exc
 
 # %% ../../nbs/training/208_safeguards.ipynb #9b4e2d60
@@ -210,7 +214,8 @@ class InParts(Trainer):
     auto_batch_size: bool = False
     parts: int = 1  # into which a micro-batch is cut
     row_unit: int = 1  # rows that stay together; 0: a batch cannot be cut without changing its loss
-    shape: tuple[int, int] = (1, 1)  # rows and tokens of the last micro-batch
+    new_tokens: int = 0  # of an answer that the method samples to a row, at most
+    shape: tuple[int, int] = (1, 1)  # rows and tokens of the last micro-batch, with such answers
     counts: tuple[str, ...] = ()  # attributes to which each pass adds: a pass that is made again must not count twice
     counted: dict[str, Any]  # their values before the step
     say: Callable[[str], None] = staticmethod(lambda text: None)  # where the orchestrator wants to be told
@@ -226,9 +231,9 @@ class InParts(Trainer):
     def back_off(self, model: torch.nn.Module, items: Any, error: Exception) -> torch.Tensor:
         "Cut micro-batches into more parts, and compute those of this step again. Raises `TrainingError` when that is of no use."
         batches = [inputs for step, inputs in self.seen if step == self.state.global_step]
-        rows = len(batches[-1].get("input_ids", ()))
+        rows, _ = self.shape
         if not self.auto_batch_size or items is None or self.parts * self.row_unit >= rows:
-            raise out_of_memory(self, *shape_of(batches[-1])) from error
+            raise out_of_memory(self, *self.shape) from error
         traceback.clear_frames(error.__traceback__)  # they hold what the failed pass computed
         self.parts *= 2
         self.say(f"out of memory: going on with micro-batches of {-(-rows // self.parts)} rows, {self.parts} times as many to a step")
@@ -262,7 +267,7 @@ class Safeguards(InParts):
         if not self.seen or self.seen[-1][0] < self.state.global_step:
             self.counted = {name: getattr(self, name) for name in self.counts}
         self.seen.append((self.state.global_step, inputs))
-        self.shape = shape_of(inputs)
+        self.shape = shape_of(inputs, self.new_tokens)
         try:
             loss = self.in_parts(model, inputs, num_items_in_batch)
         except Exception as exc:
