@@ -9,6 +9,7 @@ __all__ = ['GPUS', 'Device', 'find_device', 'fastest', 'measure_device', 'memory
 import contextlib
 import ctypes
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -114,12 +115,13 @@ def measure_device(
 
 # %% ../../nbs/core/054_devices.ipynb #2f9c61d4
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt(3)
+_SET = {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES"}  # somebody has decided on them
 
 
 @contextlib.contextmanager
 def memory_kept() -> Iterator[None]:
     "While the block runs, memory that the process frees stays with it; at its end what is free goes back to the system."
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    libc: Any = ctypes.CDLL(None) if sys.platform == "linux" and not _SET & os.environ.keys() else None
     if not all(hasattr(libc, name) for name in ("mallopt", "malloc_trim")):
         yield
         return
