@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from functools import partial
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from llmbot.core.errors import TrainingError
 from llmbot.training.bot_trainer import BotTrainer
 from llmbot.training.checkpoints import STAGING, checkpoint_fault, checkpoints_in
 from llmbot.training.control import Interrupted, Terminated, TrainingControl, TrainingStopped
+from llmbot.training.run_files import read_status
 from llmbot.training.self_test import (
     SelfTest,
     differences,
@@ -83,6 +85,31 @@ def rows_for(method: str) -> list[dict[str, object]]:
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     "A bot for the methods that start from one."
     return train(recipe(tmp_path_factory.mktemp("base"), **{"training.max_steps": 2})).bot
+
+
+def test_two_starts_at_once_into_one_directory(tmp_path: Path) -> None:
+    "One of two processes trains, the other is refused in one sentence and harms nothing."
+    path, cfg = written(tmp_path, **{"training.max_steps": 100_000})
+    command = [recipes.LLMBOT, "train", str(path)]
+    both = [subprocess.Popen(command, env=recipes.ENV, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    try:
+        until = time.monotonic() + 180
+        while not (over := [p for p in both if p.poll() is not None]) and time.monotonic() < until:
+            time.sleep(0.1)
+        (refused,) = over
+        (other,) = (p for p in both if p is not refused)
+        assert refused.returncode == 5
+        assert "Another process trains into" in " ".join(refused.communicate()[1].split())
+        run_dir = run_directory(cfg.training.output_dir)
+        while not ((status := read_status(run_dir)) and status.step) and time.monotonic() < until:
+            time.sleep(0.1)
+        other.send_signal(signal.SIGTERM)
+        other.communicate(timeout=60)
+        assert other.returncode == 143
+        assert list((run_dir / "checkpoints").glob("checkpoint-*"))
+    finally:
+        for process in both:
+            process.kill()
 
 
 @pytest.mark.slow

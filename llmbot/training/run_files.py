@@ -5,15 +5,19 @@
 # %% auto #0
 __all__ = ['State', 'OVER', 'LIVE', 'LAUNCH', 'LAUNCHED', 'RunStatus', 'process_born', 'is_there', 'live_dir', 'put_json',
            'get_json', 'read_status', 'read_history', 'send', 'read_answer', 'launched_here', 'clear_run',
-           'check_run_dir']
+           'check_run_dir', 'held']
 
 # %% ../../nbs/training/201_run_files.ipynb #04bbf3b2
+import hashlib
 import json
 import os
 import secrets
 import shutil
 import socket
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +26,7 @@ import psutil
 
 from ..core.bot import check_destination
 from ..core.errors import TrainingError
+from ..core.processes import is_main
 
 # %% ../../nbs/training/201_run_files.ipynb #10206d8e
 State = Literal["waiting", "running", "paused", "finished", "failed", "interrupted"]
@@ -195,3 +200,27 @@ def check_run_dir(
     check_destination(run_dir.with_name(run_dir.name.removesuffix(".run")), overwrite)
     if began and not resume and not overwrite:
         raise TrainingError(f"{run_dir} holds an earlier run. Go on with --resume, or replace it with training.overwrite=true.")
+
+# %% ../../nbs/training/201_run_files.ipynb #5e7a90c3
+@contextmanager
+def held(
+    run_dir: Path,  # OUTPUT_DIR.run
+    timeout_s: float = 10,  # a run that has said its last word lets go of it soon
+) -> Iterator[None]:
+    "Hold a run's directory, so that no other process of this user trains into it. Raises `TrainingError` where one does."
+    import filelock
+
+    if not is_main():
+        yield
+        return
+    user, place = getattr(os, "getuid", int)(), hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:16]
+    lock = filelock.FileLock(Path(tempfile.gettempdir(), f"llmbot-run-{user}-{place}.lock"))  # a run's directory may be removed
+    try:
+        lock.acquire(timeout=timeout_s)
+    except filelock.Timeout as exc:
+        raise TrainingError(f"Another process trains into {run_dir} at this moment. Wait for it, stop it, or choose another "
+                            "training.output_dir.") from exc
+    try:
+        yield
+    finally:
+        lock.release()
