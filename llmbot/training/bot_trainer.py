@@ -21,7 +21,6 @@ from transformers.trainer_callback import PrinterCallback
 
 from ..core.batching import ChosenBatches, check_isolation, choose_batches
 from ..core.config import Config
-from ..core.devices import memory_kept
 from ..core.errors import ConfigError
 from ..core.losses import chunk_loss, resolve_loss
 from ..core.packing import IGNORED, Collator
@@ -230,8 +229,7 @@ class Paced(Trainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         "Train; see `transformers.Trainer.train`."
         self.pace = Pace()
-        with memory_kept() if self.args.device.type == "cpu" else nullcontext():
-            output = super().train(*args, **kwargs)
+        output = super().train(*args, **kwargs)
         self.data_wait_share = self.pace.waited / max(self.pace.seconds(), 1e-9)
         return output
 
