@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Message', 'ROLES', 'OPEN', 'CLOSE', 'QUOTE', 'NAME', 'CHATML_TEMPLATE', 'short_repr', 'normalise_messages',
-           'validate_messages', 'without_marks', 'compile_template', 'control_tokens', 'LiteralEncoder']
+           'validate_messages', 'without_marks', 'compile_template', 'control_tokens', 'LiteralEncoder',
+           'check_template']
 
 # %% ../../nbs/core/014_chat_template.ipynb #b9104a54
 import functools
@@ -20,7 +21,7 @@ import jinja2.nodes
 import jinja2.parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from .errors import BotError, DataError
+from .errors import BotError, ConfigError, DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -298,3 +299,19 @@ def _rename(spec: dict[str, Any], controls: Mapping[str, int]) -> str:
     if model.get("unk_token") in controls:
         model["unk_token"] = _name(controls[model["unk_token"]])
     return json.dumps(spec)
+
+# %% ../../nbs/core/014_chat_template.ipynb #e81d06b4
+def check_template(
+    known: str | None,  # the bot's chat template; None: it has none
+    name: str,  # what it is called
+    wanted: str,  # `model.chat_template`
+    remote: bool = False,  # a server writes the prompts
+) -> None:
+    "Raises `ConfigError` where a bot would be asked in another chat format than the setting says."
+    if wanted == "auto" or (wanted == "own" and (known or remote)):
+        return
+    if wanted == "chatml" and str(known or "").rstrip().endswith(CHATML_TEMPLATE.rstrip()):
+        return
+    has = "is a server, which writes prompts in a format of its own" if remote else "has another one" if known else "has none"
+    raise ConfigError(f"model.chat_template is '{wanted}', and {name} {has}. A bot is asked as it is served, in its own chat format: leave "
+                      "the setting at auto, or train the bot with it")

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Literal
 
 from ..core.bot import bot_digest
+from ..core.chat_template import check_template
 from ..core.config import ModelConfig
 from ..core.errors import DataError
 from ..core.model_manager import LoadedBot, context_length, load_bot
 from ..core.settings import is_url
 from .answers import Progress, answers_in_batches, run_apart
-from .asking import check_template
 from .kept import Kept
 from .questions import Question
 from .server import ChatServer, answers_from_server, open_server
@@ -169,7 +169,7 @@ def open_judge(
         return open_server(str(judge), settings or RemoteSettings())
     m = model or ModelConfig()
     bot = load_bot(judge, device=m.device, dtype=m.dtype, attn_implementation=m.attn_implementation, quantization=m.quantization)
-    check_template(bot, f"the judge {bot.name}", m.chat_template)
+    check_template(bot.tokenizer.chat_template, f"the judge {bot.name}", m.chat_template)
     return bot
 
 

@@ -22,10 +22,10 @@ import yaml
 from pydantic import SecretStr
 
 from ..core.bot import bot_digest
+from ..core.chat_template import check_template
 from ..core.config import Config, ModelConfig, ServingConfig
 from ..core.errors import DataError, MissingExtraError
 from ..core.model_manager import context_length, load_bot
-from .asking import check_template
 from .report import EvaluationReport, GroupResult, interval_notes
 from ..monitoring.bootstrap import Interval
 
@@ -132,7 +132,7 @@ def run_tasks(
 
     program, place, m = find_lm_eval(command), Path(directory).resolve(), model or ModelConfig()
     names, bot, key = list(tasks) or task_names(place), load_bot(ref, device=m.device, dtype=m.dtype), secrets.token_urlsafe(24)
-    check_template(bot, bot.name, m.chat_template)
+    check_template(bot.tokenizer.chat_template, bot.name, m.chat_template)
     serving = ServingConfig(models=[str(ref)], port=0, token=SecretStr(key), temperature=0)
     hidden = ("PYTHONPATH", "VIRTUAL_ENV", "OPENAI_BASE_URL")
     with tempfile.TemporaryDirectory() as tmp, running_server(Config(model=m, serving=serving)) as url:

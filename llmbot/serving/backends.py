@@ -15,6 +15,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, get_args, runtime_checkable
 
+from ..core.chat_template import check_template
 from ..core.config import Config
 from ..core.errors import ServingError
 from ..core.model_manager import context_length
@@ -260,7 +261,11 @@ def create_backend(
             hint = f"Did you mean '{near[0]}'? " if near else ""
             raise ServingError(f"there is no backend '{name}'. {hint}Known: {', '.join(backend_names())}.")
         factory = _factories[name]
-    return factory(bot_ref, cfg or Config())
+    backend = factory(bot_ref, cfg := cfg or Config())
+    if (wanted := cfg.model.chat_template) != "auto":
+        remote = backend.capabilities().renders
+        check_template(None if remote else backend.chat.tokenizer.chat_template, bot_ref, wanted, remote)
+    return backend
 
 # %% ../../nbs/serving/304_backends.ipynb #32b042e7
 def engine_settings(

@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 
 from ..core.bot import Reference, bot_digest, is_adapter, read_manifest, resolve_reference
 from ..core.chat import ChatFormat
+from ..core.chat_template import check_template
 from ..core.config import ServingConfig
 from ..core.config_io import LiveConfig
 from ..core.errors import LLMBotError, ServingError
@@ -82,11 +83,14 @@ class HostedBot:
 
 # %% ../../nbs/serving/355_hosting.ipynb #268763ed
 def chat_format(bot: HostedBot) -> ChatFormat:
-    "How a bot's conversations become tokens; an adapter's way is its own. Needs no weights. Raises `BotError`."
+    "How a bot's conversations become tokens; an adapter's way is its own. Needs no weights. Raises `BotError` and `ConfigError`."
     if bot.adapter is None and bot.backend is not None:
         return bot.backend.chat
     if bot.chat is None:
-        bot.chat = load_bot(bot.reference, revision=bot.hosting.live.current.model.revision).chat
+        model = bot.hosting.live.current.model
+        chat = load_bot(bot.reference, revision=model.revision).chat
+        check_template(chat.tokenizer.chat_template, bot.name, model.chat_template)
+        bot.chat = chat
     return bot.chat
 
 
