@@ -18,7 +18,6 @@ import typer
 from .cli_config import Arguments, AsJson, read_arguments
 from .console import emit, only_json, say, table, terminal
 from ..core.config import Config, check_config
-from ..core.devices import memory_kept
 from ..core.errors import ConfigError, TrainingError
 from ..core.processes import is_main, leave_processes
 
@@ -55,7 +54,7 @@ def quickstart(
     from llmbot.app.quickstart import quickstart as run
 
     wanted = None if stages is None else [name.strip() for name in stages.split(",")]
-    with only_json(as_json), resumable(), memory_kept():
+    with only_json(as_json), resumable():
         result = run(directory, stages=wanted, resume=resume, seed=seed, console=terminal())
     if as_json:
         emit(result.to_dict())
@@ -117,7 +116,7 @@ def train(
     from llmbot.training.methods import get_method
     from llmbot.training.trainer import train as run
 
-    with only_json(as_json), resumable(), memory_kept():
+    with only_json(as_json), resumable():
         result = run(cfg, resume=resume)
     leave_processes()
     if not is_main():
