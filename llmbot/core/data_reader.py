@@ -50,9 +50,6 @@ def find_sources(
     for name in dict.fromkeys(paths):
         path = Path(name).expanduser()
         if name.startswith("hf:"):
-            if Path(hub_id := name.removeprefix("hf:").partition("@")[0].partition(":")[0]).is_dir():
-                raise DataError(f"{name} means the data set on the hub, and a directory {hub_id} is here, which datasets would read in its "
-                                f"place. Write ./{hub_id} for the directory; for the hub, rename it or work in another directory.")
             sources.names.append(name)
         elif path.is_dir():
             _add_directory(sources, path)

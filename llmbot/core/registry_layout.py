@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['LATEST', 'ALIASES', 'REGISTRY_SCHEMA', 'NAME', 'registry_directory', 'check_name', 'Place', 'place_of', 'read_json',
-           'version_places', 'registered_names', 'read_aliases', 'all_places', 'find_version', 'places_with_digest',
-           'hub_name']
+           'version_places', 'registered_names', 'read_aliases', 'all_places', 'find_version', 'places_with_digest']
 
 # %% ../../nbs/core/007_registry_layout.ipynb #be72a608
 import json
@@ -167,16 +166,3 @@ def places_with_digest(
     if digest is None:
         return []
     return [place for place in all_places(root or registry_directory()) if read_json(place.record_path)["digest"] == digest]
-
-# %% ../../nbs/core/007_registry_layout.ipynb #3f6c02d8
-def hub_name(
-    text: str,  # such as `hf:Qwen/Qwen3-0.6B`
-) -> str:  # the name without `hf:`
-    "What a reference to the hub names. Raises `BotError` for what is no hub id, and where a directory would be read in its place."
-    name = text.removeprefix("hf:")
-    if not name or name.count("/") > 1 or any(c.isspace() for c in name):
-        raise BotError(f"'{text}' is not a hub id. It should look like hf:Qwen/Qwen3-0.6B.")
-    if os.path.isdir(name):
-        raise BotError(f"'{text}' means the model on the hub, and a directory {name} is here, which transformers would load in its place. "
-                       f"Write ./{name} for the directory; for the hub, rename it or work in another directory.")
-    return name
