@@ -221,19 +221,17 @@ class ChatRepl:
         while True:
             try:
                 line = self.next_line()
+                if line in ("/quit", "/exit"):
+                    return
+                if line.startswith("/"):
+                    run_command(self, line)
+                elif line:
+                    print_answer(self, line)
             except EOFError:
                 self.note("")
                 return
             except KeyboardInterrupt:
                 self.note("\nCtrl-D or /quit leaves.")
-                continue
-            if line in ("/quit", "/exit"):
-                return
-            try:
-                if line.startswith("/"):
-                    run_command(self, line)
-                elif line:
-                    print_answer(self, line)
             except LLMBotError as exc:
                 say(visible(str(exc)), "red", self.console)
 
