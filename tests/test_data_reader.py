@@ -159,14 +159,17 @@ def test_hub_offline() -> None:
         list(read_rows(["hf:nobody/nothing"]))
 
 
-def test_data_sets_of_datasets(tmp_path: Path) -> None:
+def test_data_sets_of_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     "A data set as `datasets` knows it, here in a local directory, with and without a split of its own."
+    monkeypatch.chdir(tmp_path.parent)
     for split in ("train", "test"):
         (tmp_path / f"{split}.jsonl").write_text(json.dumps({"prompt": split, "completion": "x"}))
-    for name, split in ((f"hf:{tmp_path}", "train"), (f"hf:{tmp_path}@test", "test")):
+    for name, split in ((f"hf:{tmp_path}", "train"), (f"hf:{tmp_path}@test", "test"), (f"hf:./{tmp_path.name}", "train")):
         [row] = read_rows([name])
         assert row.record == {"prompt": split, "completion": "x"}
         assert str(row.location) == f"{name}, row 1"
+    with pytest.raises(DataError, match=f"hf:{tmp_path.name}@test means the data set on the hub.* hf:./{tmp_path.name};"):
+        read_rows([f"hf:{tmp_path.name}@test"])
 
 
 def test_json_lines_and_objects_in_json(tmp_path: Path) -> None:

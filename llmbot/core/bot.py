@@ -34,7 +34,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from .errors import BotError, storage_reason
 from .model_card import digest_of, model_card
-from .registry_layout import find_version, registered_names, registry_directory
+from .registry_layout import find_version, hub_name, registered_names, registry_directory
 
 # %% ../../nbs/core/012_bot.ipynb #1f47d6f6
 MANIFEST = "llmbot.json"
@@ -360,9 +360,7 @@ def resolve_reference(
     "Turn a bot reference into a place. Raises `BotError` with the nearest names when there is none."
     text = str(ref)
     if text.startswith("hf:"):
-        hub_id = text.removeprefix("hf:")
-        if not hub_id or hub_id.count("/") > 1 or any(c.isspace() for c in hub_id):
-            raise BotError(f"'{text}' is not a hub id. It should look like hf:Qwen/Qwen3-0.6B.")
+        hub_id = hub_name(text)
         return Reference("hub", hub_id, hub_id.split("/")[-1])
     path = Path(os.path.expanduser(text))  # which leaves a ~name that is nobody's as it is
     root = Path(bots_dir) if bots_dir is not None else bots_directory()

@@ -31,6 +31,7 @@ from llmbot.core.data_rows import (
     text_problem,
 )
 from .errors import DataError
+from .registry_layout import HUB_NAME
 
 # %% ../../nbs/core/020_data_reader.ipynb #24d03aae
 @dataclass
@@ -50,6 +51,10 @@ def find_sources(
     for name in dict.fromkeys(paths):
         path = Path(name).expanduser()
         if name.startswith("hf:"):
+            hub = name.removeprefix("hf:").partition("@")[0].partition(":")[0]
+            if HUB_NAME.fullmatch(hub) and Path(hub).is_dir():
+                raise DataError(f"{name} means the data set on the hub, and a directory {hub} is here, which datasets would read in its "
+                                f"place. Write ./{hub} for its files, or hf:./{hub}; for the hub, rename it or work in another directory.")
             sources.names.append(name)
         elif path.is_dir():
             _add_directory(sources, path)
