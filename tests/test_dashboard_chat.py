@@ -58,11 +58,13 @@ class ScriptedBackend(GatedBackend):
 
     name = "scripted"
     words = ["word "]
+    ending = "length"  # why its answers end
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
         count = 0
         async for chunk in super().generate(request):
-            yield dataclasses.replace(chunk, text=self.words[count % len(self.words)])
+            ending = self.ending if chunk.finish_reason else None
+            yield dataclasses.replace(chunk, text=self.words[count % len(self.words)], finish_reason=ending)
             count += 1
             await asyncio.sleep(0.005)  # the pace of a model, so that there is something to stop
 
@@ -385,6 +387,35 @@ def test_votes_become_data_for_dpo(team: str, folder: Path, context: "BrowserCon
     rating, = [row.record for row in read_rows([str(folder / "ratings.jsonl")])]
     assert (recognise(rating), rating["label"], rating["messages"]) == ("preference", True, talk)
     assert USER not in (folder / "votes.jsonl").read_text() + (folder / "ratings.jsonl").read_text()
+
+
+def test_where_a_cut_answer_ends_is_not_learned(alone: tuple[str, Workplace], folder: Path, context: "BrowserContext") -> None:
+    "A thumb on an answer that was as long as it may be says so in its row, and the conversation does not; nor is an end learned later."
+    page = enter(context, alone[0])
+
+    def rated(label: str, answers: int) -> list[dict[str, Any]]:
+        buttons = page.get_by_role("button", name=label)
+        expect(buttons).to_have_count(answers)
+        buttons.last.click()
+        expect(buttons.last).to_have_attribute("aria-pressed", "true")
+        messages: list[dict[str, Any]] = json.loads((folder / "ratings.jsonl").read_text().splitlines()[-1])["messages"]
+        return messages
+
+    answer = {"role": "assistant", "content": "word " * 6}
+    say(page, "How long is a cut answer?")
+    assert rated("Good answer", 1)[-1] == {**answer, "stopped": True}
+    ScriptedBackend.ending = "stop"
+    try:
+        say(page, "And one that ends?")
+    finally:
+        ScriptedBackend.ending = "length"
+    assert rated("Good answer", 2)[1::2] == [answer, answer]
+    page.reload()
+    page.get_by_label("Earlier conversations").click()
+    page.get_by_role("menuitem").filter(has_text="How long is a cut answer?").click()
+    page.get_by_text("And one that ends?").wait_for()
+    assert page.get_by_text("stopped early").count() == 0
+    assert rated("Bad answer", 2)[-1] == {**answer, "stopped": True}
 
 
 # --- server ------------------------------------------------------------------------------------------------------------

@@ -305,7 +305,7 @@ async def rate(chat: Chat, id: str, good: bool) -> None:
     "A thumb on an answer."
     position = int(id)
     prompt, answer = chat.talk.messages[:position], str(chat.talk.messages[position]["content"])
-    pairs = await asyncio.to_thread(chat.ballot.rate, prompt, answer, good, about(chat), bool(chat.talk.messages[position].get("stopped")))
+    pairs = await asyncio.to_thread(chat.ballot.rate, prompt, answer, good, about(chat), chat.talk.cut(position))
     chat.rated[position] = good
     chat.draw()
     chat.view.status = "Kept as a pair of a better and a worse answer." if pairs else "Kept."
@@ -358,7 +358,8 @@ async def choose(chat: Chat, better: int | None) -> None:
             await asyncio.to_thread(chat.ballot.vote, prompt, answer.text, other.text, meta, (answer.stopped, other.stopped))
             message += " Your vote is kept for DPO."
     finally:
-        await keep(chat.talk, pair.question, answer.text, chat.sampling.settings(pair.names[number]), stopped=answer.stopped)
+        settings = chat.sampling.settings(pair.names[number])
+        await keep(chat.talk, pair.question, answer.text, settings, stopped=answer.stopped, whole=not answer.stopped)
         chat.view.status = message
         await shown(chat)
 
