@@ -451,6 +451,28 @@ def test_server_page(team: str, context: "BrowserContext") -> None:
         assert httpx.get(f"{team}/stats", headers=user).json()["models"]["bob"]["state"] == state
 
 
+def test_administration_begins_without_a_bot(folder: Path, context: "BrowserContext", tmp_path: Path) -> None:
+    "With no bot open nothing is done to one that nobody chose; a bot that comes is offered on a page that was there before it."
+    serving = ServingConfig(port=0, conversations_url=f"sqlite:///{tmp_path}/chats.db", admin_token=ADMIN, backend="scripted")
+    with running_dashboard(Config(model=ModelConfig(device="cpu"), serving=serving), folder) as (url, place):
+        page = enter(context, url, ADMIN, "server")
+        page.get_by_text("No bot is open").wait_for()
+        for name, told in (("Load", "no bot is open yet"), ("Unload", "no bot is open yet"), ("Serve no longer", "no bot is open yet"),
+                           ("Serve", "name the bot or adapter to serve")):
+            page.get_by_role("button", name=name, exact=True).click()
+            page.get_by_role("alert").filter(has_text=told).last.wait_for()
+            page.get_by_role("button", name="Close this message").click()
+            page.get_by_role("alert").wait_for(state="detached")
+        there = enter(context, url, page="chat")  # by somebody else
+        there.get_by_label("Open a bot").fill(str(folder / "bots" / "bob"))
+        there.get_by_role("button", name="Open", exact=True).click()
+        there.get_by_text("bob is open.").wait_for()
+        expect(page.get_by_label("Bot", exact=True)).to_have_text("bob")
+        page.get_by_role("button", name="Load", exact=True).click()
+        page.get_by_text("bob is loaded.").wait_for()
+        assert place.models == ["bob"]
+
+
 def test_requests_are_seen_and_ended(alone: tuple[str, Workplace], team: str, another: "Callable[[], BrowserContext]",
                                      context: "BrowserContext") -> None:  # fmt: skip
     "An administrator sees a request while it runs, without its text, and ends it; whoever waits for it is told. Others cannot."

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TIMES', 'ROWS', 'HEADS', 'BUTTON', 'EVERY_MS', 'KEPT', 'now_html', 'times_html', 'bots_html', 'machine_html',
-           'errors_html', 'keys_html', 'line_html', 'load', 'unload', 'take_off', 'put_on', 'cancel', 'change',
-           'requests_class', 'request_rows', 'Administration', 'server_page']
+           'errors_html', 'keys_html', 'line_html', 'chosen', 'load', 'unload', 'take_off', 'put_on', 'cancel',
+           'change', 'requests_class', 'request_rows', 'Administration', 'server_page']
 
 # %% ../../nbs/app/579_dashboard_server.ipynb #e5d4cfad
 import functools
@@ -16,11 +16,14 @@ from typing import Any
 
 import yaml
 
+from .dashboard_chat_controls import offer
 from .dashboard_pages import Desk, Workplace, guarded, has_base, register_page
 from .dashboard_talk import serving
 from .dashboard_views import STYLE, empty_html, facts_html, heading_html, html_pane, notice_html, said, table_html, toolkit
 from ..core.config import settings
 from ..serving.admin_api import end_request, live_requests, visible_config
+from ..serving.hosting import HostedBot
+from ..serving.sampling_params import RequestError
 
 # %% ../../nbs/app/579_dashboard_server.ipynb #cc15753c
 TIMES = (("latency_s", "whole answer"), ("ttft_s", "first token"), ("tpot_s", "each further token"), ("queue_s", "waiting for its turn"))
@@ -98,30 +101,40 @@ def line_html(
             "vector-effect='non-scaling-stroke'/></svg></figure>")
 
 # %% ../../nbs/app/579_dashboard_server.ipynb #a2f879fd
-async def load(desk: Desk, name: str) -> str:
-    "Load a bot now. Raises `ForbiddenError`, and what loading raises."
+def chosen(desk: Desk, name: str | None) -> HostedBot:
+    "The bot of that name. Raises `ServingError` where no bot is open, and `RequestError` where none is named."
+    bots = serving(desk).bots
+    if not name:
+        raise RequestError("choose a bot first")
+    return bots.find(name)
+
+
+async def load(desk: Desk, name: str | None) -> str:
+    "Load a bot now. Raises `ForbiddenError`, and what `chosen` and loading raise."
     desk.need("admin")
-    await serving(desk).bots.find(name).load()
+    await chosen(desk, name).load()
     return f"{name} is loaded."
 
 
-async def unload(desk: Desk, name: str) -> str:
-    "Free what a bot holds; its next request loads it again. Raises `ForbiddenError`."
+async def unload(desk: Desk, name: str | None) -> str:
+    "Free what a bot holds; its next request loads it again. Raises `ForbiddenError`, and what `chosen` raises."
     desk.need("admin")
-    await serving(desk).bots.find(name).unload()
+    await chosen(desk, name).unload()
     return f"{name} is unloaded."
 
 
-async def take_off(desk: Desk, name: str) -> str:
-    "Serve one bot or adapter less. Raises `ForbiddenError`, and `RequestError` for one that must stay."
+async def take_off(desk: Desk, name: str | None) -> str:
+    "Serve one bot or adapter less. Raises `ForbiddenError`, what `chosen` raises, and `RequestError` for one that must stay."
     desk.need("admin")
-    await desk.place.close_bot(name)
+    await desk.place.close_bot(chosen(desk, name).name)
     return f"{name} is no longer served."
 
 
 async def put_on(desk: Desk, reference: str, replace: bool) -> str:
     "Serve one more bot or adapter, or another of its name. Raises `ForbiddenError`, and `RequestError` when that cannot be."
     desk.need("admin")
+    if not reference.strip():
+        raise RequestError("name the bot or adapter to serve: a name, a path, or hf:OWNER/NAME")
     server = desk.place.server
     if server is None:
         return f"{await desk.place.open_bot(reference)} is served."
@@ -139,7 +152,11 @@ async def cancel(desk: Desk, id: str) -> str:
 async def change(desk: Desk, key: str, text: str) -> str:
     "Change a setting of the running server. Raises `ForbiddenError`, and `InvalidConfigError` with the reason."
     desk.need("admin")
-    desk.place.live.update({key: yaml.safe_load(text)})
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as exc:
+        raise RequestError(f"{text!r} is no value in YAML") from exc
+    desk.place.live.update({key: value})
     section, _, name = key.partition(".")
     return f"{key} is {visible_config(desk.place.live.current)[section][name]!r} now."
 
@@ -239,7 +256,6 @@ class Administration:
         def button(label: str, work: Callable[[], Any]) -> Any:
             async def act(event: Any) -> None:
                 desk.tell(await work(), "success")
-                self.bot.options = desk.place.models
                 await changed()
 
             made = material.Button(label=label, **wide)
@@ -258,6 +274,11 @@ class Administration:
         self.view = panel.Column(self.requests, title, *(panel.FlexBox(*row, align_items="center") for row in rows),
                                  sizing_mode="stretch_width")  # fmt: skip
 
+    def refresh(self, place: Workplace) -> None:
+        "Show the bots and the requests that there are now; what is chosen stays where it can."
+        offer(self.bot, place.models)
+        self.requests.rows = request_rows(live_requests(place.server)) if place.server is not None else []
+
     async def end(self, desk: Desk, id: str, changed: Callable[[], Any]) -> None:
         "End a request, and show what is left."
         desk.tell(await cancel(desk, id), "success")
@@ -275,6 +296,8 @@ def server_page(desk: Desk) -> Any:
 
     async def look() -> None:
         server = desk.place.server
+        if shown is not None:
+            shown.refresh(desk.place)
         if server is None:
             parts.object = empty_html("No bot is open", "The server begins with the first bot: open one on the page Chat.")
             return
@@ -282,8 +305,6 @@ def server_page(desk: Desk) -> Any:
         pace.append(float(stats["total"]["tokens_per_s"]))
         parts.object = "".join([now_html(stats), line_html("Tokens per second", pace), times_html(stats), bots_html(stats),
                                 machine_html(stats["resources"]), await keys_html(desk.place, stats["waiting_by_key"]), errors_html(stats)])
-        if shown is not None:
-            shown.requests.rows = request_rows(live_requests(server))
 
     async def if_shown() -> None:
         if desk.page == "server":
