@@ -108,7 +108,7 @@ def chosen(desk: Desk, name: str | None) -> HostedBot:
         raise RequestError("choose a bot first")
     return bots.find(name)
 
-
+# %% ../../nbs/app/579_dashboard_server.ipynb #a2f87a00
 async def load(desk: Desk, name: str | None) -> str:
     "Load a bot now. Raises `ForbiddenError`, and what `chosen` and loading raise."
     desk.need("admin")
