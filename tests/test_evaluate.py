@@ -359,3 +359,12 @@ def test_real_rows(shared: Path) -> None:
     figures = [evaluate_bot(bot, text, ["bits_per_byte"], model=CPU, max_rows=1, batch_size=b).metrics["bits_per_byte"] for b in (1, 8)]
     assert figures[0] == pytest.approx(figures[1], rel=1e-4)
     assert 1 < figures[0] < 8
+
+
+def test_the_mark_before_a_text_is_no_text(shared: Path, tmp_path: Path) -> None:
+    "SentencePiece puts a ▁ before the first word, which follows the begin token and is predicted: it stands for no byte."
+    bot, text = str(shared / "models" / "stories260K"), "Once upon a time"
+    (tmp_path / "text.jsonl").write_text(json.dumps({"text": text}), encoding="utf-8")
+    report = evaluate_bot(bot, str(tmp_path / "text.jsonl"), ["loss", "bits_per_byte"], model=CPU)
+    ids = load_bot(bot, device="cpu").tokenizer(text).input_ids  # its begin token first; the end token is predicted too
+    assert report.metrics["bits_per_byte"] == pytest.approx(report.metrics["loss"] * len(ids) / math.log(2) / len(text), rel=1e-6)

@@ -54,17 +54,17 @@ def measure(
 ) -> list[list["Likelihood"]]:  # of each question: its windows, most often one
     "The bot's surprise at the supervised tokens of rows."
     from llmbot.core.packing import collate
-    from llmbot.monitoring.likelihood import Likelihood, row_likelihoods, token_byte_lengths
+    from llmbot.monitoring.likelihood import Likelihood, byte_counts, row_likelihoods
 
     kept = kept or Kept(None, {})
     size = bot.model.get_output_embeddings().weight.shape[0]
-    lengths = token_byte_lengths(bot.tokenizer, max(size, len(bot.tokenizer)))
+    counts = byte_counts(bot.tokenizer, max(size, len(bot.tokenizer)))
     names, documents = list(found := documents_of(questions)), list(found.values())
     for rows in batches_of(documents, size, batch_size):
         if all(names[i] in kept.found for i in rows):
             continue
         batch: dict[str, Any] = collate([{"input_ids": documents[i].input_ids, "labels": documents[i].labels} for i in rows], 0)
-        measured = row_likelihoods(bot.model, batch, lengths)
+        measured = row_likelihoods(bot.model, batch, counts)
         kept.add({names[i]: [one.nll, one.tokens, one.text_bytes] for i, one in zip(rows, measured, strict=True)})
     each = iter(Likelihood(*kept.found[name]) for name in names)
     return [[next(each) for _ in question.documents] for question in questions]

@@ -90,9 +90,11 @@ async def measure_server(
     at_once: int = 8,  # requests
 ) -> list[list["Likelihood"]]:  # of each question: its windows, most often one
     "A server's surprise at the supervised tokens of rows, as `measure` has it. Raises `ConfigError` and `RequestError`."
-    from llmbot.monitoring.likelihood import Likelihood, token_byte_lengths
+    import torch
 
-    lengths = token_byte_lengths(bot.tokenizer, max(len(bot.tokenizer), bot.config.get_text_config().vocab_size))
+    from llmbot.monitoring.likelihood import Likelihood, byte_counts
+
+    counts = byte_counts(bot.tokenizer, max(len(bot.tokenizer), bot.config.get_text_config().vocab_size))
     documents, turns = documents_of(questions), asyncio.Semaphore(at_once)
 
     async def one(name: str, document: Encoded) -> None:
@@ -102,7 +104,7 @@ async def measure_server(
         check_text(bot, ids, text)
         at = [i for i in range(1, len(ids)) if document.labels[i] != IGNORED]
         nll = -sum(told[i] or 0.0 for i in at)
-        kept.add({name: [nll, len(at), sum(int(lengths[ids[i]]) for i in at)]})
+        kept.add({name: [nll, len(at), int(counts.of(torch.tensor([ids]), torch.tensor([document.labels.tolist()])))]})
         if progress:
             progress(sum(name in kept.found for name in documents), len(documents))
 

@@ -28,7 +28,7 @@ from ..core.processes import ShareOfBatches, WithBlank, add_up, rank, world_size
 from ..core.settings import changed
 from ..core.shared_work import SharedWork
 from ..core.weights import BestWeights, WeightAverage, freeze_parameters, load_average, save_average
-from ..monitoring.likelihood import heldout_likelihood, token_byte_lengths
+from ..monitoring.likelihood import byte_counts, heldout_likelihood
 from .callbacks import TimeBudget
 from .checkpoints import CompleteCheckpoints
 from .methods import TrainingRun, training_arguments
@@ -287,9 +287,9 @@ def evaluate_rows(
     rows: Any = WithBlank(dataset)
     loader: DataLoader[Any] = DataLoader(rows, batch_sampler=share, collate_fn=trainer.data_collator)
     model = trainer.accelerator.unwrap_model(trainer.model)  # its autocast stays on: training goes on with it
-    lengths = token_byte_lengths(trainer.processing_class, model.config.vocab_size)
+    counts = byte_counts(trainer.processing_class, model.config.vocab_size)
     without_mask = ({k: v for k, v in batch.items() if k != "attention_mask"} for batch in loader)
-    return heldout_likelihood(model, without_mask, lengths, trainer.accelerator.autocast, add_up)
+    return heldout_likelihood(model, without_mask, counts, trainer.accelerator.autocast, add_up)
 
 # %% ../../nbs/training/210_bot_trainer.ipynb #9e9da7b8
 B = TypeVar("B", bound=BotTrainer)
