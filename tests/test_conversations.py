@@ -7,10 +7,12 @@ each test has a database of its own there, which it leaves behind.
 import hashlib
 import json
 import os
+import sqlite3
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -225,6 +227,21 @@ def test_the_users_directory_is_touched_at_first_use_only(bot: str, tmp_path: Pa
         assert not (tmp_path / "home").exists()
         begin(url)
         assert (tmp_path / "home" / "llmbot" / "conversations.db").exists()
+
+
+def test_a_database_that_somebody_else_holds_stops_nothing_else(bot: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platformdirs.user_data_dir", lambda name: str(tmp_path))
+    holder = sqlite3.connect(tmp_path / "conversations.db", isolation_level=None, check_same_thread=False)
+    holder.execute("BEGIN EXCLUSIVE")
+    server = running_server(config(bot, tmp_path, conversations_url=None))
+    with server as url, ThreadPoolExecutor() as threads, httpx.Client(base_url=url, timeout=2) as client:
+        begun = threads.submit(begin, url)
+        for _ in range(100):  # the request is on its way, or waits, all the while
+            assert client.get("/health/live").status_code == 200
+        assert not begun.done()
+        holder.execute("ROLLBACK")
+        assert stored(url, begun.result()) == []
+    holder.close()
 
 
 def test_a_database_that_cannot_be_had_is_refused_at_start(bot: str, tmp_path: Path) -> None:
