@@ -365,10 +365,10 @@ def resolve_reference(
     path = Path(os.path.expanduser(text))  # which leaves a ~name that is nobody's as it is
     root = Path(bots_dir) if bots_dir is not None else bots_directory()
     for candidate in (path, root / text):
-        if candidate.is_dir():
+        if os.path.isdir(candidate):  # False for what cannot be a name, such as one of 300 characters
             check_bot_files(candidate)
             return Reference("path", str(candidate), candidate.resolve().name)
-    if path.is_file():
+    if os.path.isfile(path):
         raise BotError(f"{text} is a file. A bot is a directory with config.json, safetensors weights and a tokenizer.")
     if "/" not in text and ("@" in text or text in registered_names(registry_directory())):
         place = find_version(text)
