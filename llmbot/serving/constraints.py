@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 # %% ../../nbs/serving/310_constraints.ipynb #4a43bcd0
 def _refused(constraint: Constraint, reason: str) -> RequestError:
-    first = " ".join(reason.split("\n   1 |")[0].split())[:500]
+    if "NoExtension" in reason:  # llguidance's name for it
+        reason = "no text fits it, as where a $ref leads to nothing but itself"
+    first = " ".join(reason.split("\n   1 |")[0].removesuffix("<non-verbose/>").split())[:500]
     return RequestError(f"the {constraint.kind} cannot be used: {first}", param=constraint.param, code="invalid_value")
 
 
