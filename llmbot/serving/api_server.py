@@ -60,7 +60,7 @@ def add_middlewares(
             CORSMiddleware,
             allow_origins=settings.cors_origins,
             allow_methods=["GET", "POST", "PATCH", "DELETE"],
-            allow_headers=["Authorization", "Content-Type", "X-Request-Id"],
+            allow_headers=["*"],  # OpenAI's client for browsers sends a dozen of its own
             expose_headers=["X-Request-Id", "Retry-After", *LIMIT_HEADERS],
         )
     app.add_middleware(RequestBounds)
