@@ -154,7 +154,7 @@ async def chat_reply(server: ModelServer, request: Request, asked: ChatCompletio
 
 # %% ../../nbs/serving/374_openai_api.ipynb #0d525c9c
 def echo_of(chat: ChatFormat, prompt: str | list[int], shown: bool) -> Echo:
-    "A prompt as tokens and as text. Raises `RequestError` for a token that does not exist."
+    "A prompt as tokens and as text; long ones take a while. Raises `RequestError` for a token that does not exist."
     ids = encode_prompt(chat, prompt)[0]
     return Echo(ids, (prompt if isinstance(prompt, str) else chat.decode(ids)) if shown else "", shown)
 
@@ -168,7 +168,7 @@ async def text_reply(server: ModelServer, request: Request, asked: CompletionReq
     echoes, texts = [Echo()] * len(prompts), None
     if shown or asked.logprobs is not None:
         _, chat = await loaded_format(bot)
-        echoes = [echo_of(chat, prompt, shown) for prompt in prompts]
+        echoes = await asyncio.to_thread(lambda: [echo_of(chat, prompt, shown) for prompt in prompts])
         texts = TokenTexts(chat) if asked.logprobs is not None else None
     if asked.scores_only:
         streams = [without_answer(stream) for stream in streams]
