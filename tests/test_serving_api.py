@@ -167,7 +167,10 @@ def test_stop_strings(client: openai.OpenAI) -> None:
         ({"top_p": 0}, "top_p"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"seed": 2**70}, "seed"),
-        ({"stop": ["x"] * 17}, None),
+        ({"stop": ["x"] * 17}, "stop"),
+        ({"stop": [""]}, "stop.0"),
+        ({"logit_bias": {"١": 1}}, "logit_bias.١"),
+        ({"tool_choice": {"type": "function"}}, "tool_choice.function"),
         ({"extra_body": {"top_k": -1}}, "top_k"),
         ({"extra_body": {"min_q": 0.1}}, "min_q"),
         ({"max_tokens": 4000}, "max_new_tokens"),  # within the server's limit, beyond the bot's context

@@ -68,7 +68,7 @@ class ChatSettings:
         try:
             return ChatRequest(messages=[dict(m) for m in messages], truncate="oldest", **asked)
         except ValidationError as exc:
-            told = validation_error([dict(error) for error in exc.errors()])["error"]
+            told = validation_error(exc.errors(), asked)["error"]
             raise RequestError(told["message"], param=told["param"], code=told["code"]) from exc
 
     def as_yaml(self) -> str:

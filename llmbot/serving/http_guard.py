@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['logger', 'ERRORS', 'MAX_DEPTH', 'REQUEST_ID', 'LEFT', 'Observe', 'MAX_HEADERS', 'MAX_ADDRESS', 'ErrorDetail',
            'ErrorBody', 'error_body', 'error_response', 'failure', 'strict_json', 'StrictRequest', 'StrictRoute',
-           'validation_error', 'install_error_handlers', 'handler_of', 'RequestNames', 'RequestBounds', 'BodyReader']
+           'path_of', 'nearest', 'validation_error', 'install_error_handlers', 'handler_of', 'RequestNames',
+           'RequestBounds', 'BodyReader']
 
 # %% ../../nbs/serving/360_http_guard.ipynb #09bd10e3
 import asyncio
@@ -15,7 +16,7 @@ import math
 import re
 import time
 import uuid
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 from urllib.parse import quote
 
@@ -167,22 +168,51 @@ class StrictRoute(APIRoute):
 
         return strict
 
+# %% ../../nbs/serving/360_http_guard.ipynb #5b1f90ae
+def path_of(
+    error: Mapping[str, Any],  # as pydantic has it
+    given: Any,  # what it is about
+) -> tuple[list[Any], int | None]:  # the keys that lead to the place; how many stand before a choice of types, None without one
+    "Where an error is. Of a value that may be of several types, pydantic's place also names the type that was tried."
+    path, choice = list[Any](), None
+    for i, part in enumerate(error["loc"]):
+        there = part in given if isinstance(given, dict) else isinstance(given, list) and isinstance(part, int)
+        if there or (error["type"] == "missing" and i == len(error["loc"]) - 1):
+            path.append(part)
+            given = given[part] if there else None
+        elif choice is None:
+            choice = i
+    return path, choice
+
+
+def nearest(
+    errors: Sequence[Mapping[str, Any]],  # as pydantic lists them
+    given: Any,  # what they are about
+) -> Iterator[tuple[str, str, str]]:  # place, kind and message of each
+    "Of a value that may be of several types only the errors of those that it came nearest to."
+    found, deepest = [(error, *path_of(error, given)) for error in errors], dict[tuple[Any, ...], int]()
+    for _, path, choice in found:
+        key = tuple(path[:choice])
+        deepest[key] = max(deepest.get(key, 0), len(path))
+    for error, path, choice in found:
+        if len(path) == deepest[tuple(path[:choice])]:
+            place = ".".join(str(part) for part in path if part != "body")[:200]  # it may be a key as long as the body
+            yield place, error["type"], error["msg"]
+
 # %% ../../nbs/serving/360_http_guard.ipynb #fdaa37c7
 def validation_error(
-    errors: list[dict[str, Any]],  # as pydantic lists them
+    errors: Sequence[Mapping[str, Any]],  # as pydantic lists them
+    given: Any,  # what they are about
 ) -> dict[str, Any]:  # an error body
     "OpenAI's body for pydantic's errors."
-    words, params = [], []
-    for error in errors:
-        place = ".".join(str(part) for part in error["loc"] if part != "body")[:200]  # it may be a key as long as the body
-        unknown = error["type"] == "extra_forbidden"
-        params.append(place or None)
-        words.append("unknown parameter" if unknown else str(error["msg"]))
-        if place:
-            words[-1] = f"{place}: {words[-1]}"
+    words: dict[str, tuple[str, str]] = {}  # to where, and of which kind
+    for place, kind, message in nearest(errors, given):
+        said = "unknown parameter" if kind == "extra_forbidden" else message
+        words.setdefault(f"{place}: {said}" if place else said, (place, kind))
+    place, kind = next(iter(words.values()))
     more = f" (and {len(words) - 5} more)" if len(words) > 5 else ""
-    code = "unknown_parameter" if errors[0]["type"] == "extra_forbidden" else "invalid_value"
-    return error_body("; ".join(words[:5]) + more, param=params[0], code=code)
+    code = "unknown_parameter" if kind == "extra_forbidden" else "invalid_value"
+    return error_body("; ".join([*words][:5]) + more, param=place or None, code=code)
 
 # %% ../../nbs/serving/360_http_guard.ipynb #25c1bc0d
 def install_error_handlers(
@@ -200,7 +230,8 @@ def install_error_handlers(
 
     def of_validation(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
-        return JSONResponse(validation_error(list(error.errors())), 400)
+        given = {"body": error.body, "query": dict(request.query_params), "path": request.path_params}
+        return JSONResponse(validation_error(error.errors(), given), 400)
 
     def of_http(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, StarletteHTTPException)

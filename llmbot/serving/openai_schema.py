@@ -94,7 +94,7 @@ class OpenAIFields(SamplingFields):
     n: int | None = Field(None, ge=1, le=MAX_ANSWERS, description="Answers to each prompt")
     max_tokens: int | None = Field(None, ge=1, le=int(BOUNDS["max_new_tokens"][1]), description="Longest answer, in tokens")
     logit_bias: Annotated[
-        dict[Annotated[str, Field(pattern=r"^\d{1,10}$")], Annotated[float, Field(ge=-MAX_BIAS, le=MAX_BIAS)]],
+        dict[Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,9})$")], Annotated[float, Field(ge=-MAX_BIAS, le=MAX_BIAS)]],
         Field(max_length=MAX_BIASED_TOKENS, fail_fast=True),
     ] | None = Field(None, description="What is added to the scores of tokens, by token id")
     response_format: ResponseFormat | None = None
