@@ -26,6 +26,7 @@ from llmbot.core.config_io import LiveConfig
 from llmbot.core.errors import BotError, ServingError
 from llmbot.core.model_manager import load_bot
 from llmbot.serving.api_server import create_app, running_server
+from llmbot.serving.prompts import encode_prompt
 
 pytestmark = pytest.mark.server
 QUESTION = [{"role": "user", "content": "What is 12 + 30?"}]
@@ -117,6 +118,19 @@ def test_text_completion(client: openai.OpenAI, bots: list[str]) -> None:
         assert answer.usage is not None
         assert answer.usage.prompt_tokens == len(ids)
         assert "".join(p.choices[0].text for p in pieces) == answer.choices[0].text != ""
+
+
+def test_echoed_prompts_are_not_encoded_where_streams_run(url: str, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
+    where: list[str] = []
+
+    def noted(*args: Any) -> tuple[tuple[int, ...], bool]:
+        where.append(threading.current_thread().name)
+        return encode_prompt(*args)
+
+    monkeypatch.setattr("llmbot.serving.openai_api.encode_prompt", noted)
+    client.completions.create(model="alice", prompt=["Once", "upon"], echo=True, max_tokens=1)
+    assert len(where) == 2
+    assert "llmbot-api" not in where
 
 
 def test_many_at_once(url: str, client: openai.OpenAI) -> None:
