@@ -22,7 +22,7 @@ from pydantic import SecretStr, TypeAdapter
 
 from .config import Config, settings
 from .errors import ConfigError
-from .own_settings import OWN_SETTINGS, TRACKER_SETTINGS, setting_path, tracker_settings
+from .own_settings import OWN_SETTINGS, TRACKER_SETTINGS, own_key, setting_path, tracker_settings
 from .recipe import Draft, compose, dump, read_text, write_atomically
 from .settings import Fault, InvalidConfigError, Setting, nearest_key, shorten, without_login
 
@@ -123,11 +123,14 @@ def add_overrides(
         elif setting := find_setting(key):
             put(draft, setting, value, f"override {key}")
         else:
-            draft.faults.append(Fault(key, None, "unknown setting", nearest_key(key, settings(trackers=TRACKER_SETTINGS)), "override"))
+            near = own_key(key) or nearest_key(key, settings(trackers=TRACKER_SETTINGS))
+            draft.faults.append(Fault(key, None, "unknown setting", near, "override"))
 
 # %% ../../nbs/core/010_config_io.ipynb #5a20065b
 def locate(draft: Draft, fault: Fault) -> Fault:
     "The same fault with the place where its value was written."
+    if fault.allowed == "unknown setting":
+        fault = dataclasses.replace(fault, suggestion=own_key(fault.key) or fault.suggestion)
     for key in fault.key.split(", "):
         parts = setting_path(key)
         for end in range(len(parts), 0, -1):
@@ -150,7 +153,7 @@ def add_own_classes(
             except ConfigError as exc:
                 draft.faults.append(locate(draft, Fault(own.chooser, None, str(exc).removeprefix(f"{own.chooser} "))))
 
-
+# %% ../../nbs/core/010_config_io.ipynb #5a20065c
 def load_config(
     path: str | os.PathLike[str] | None = None,  # recipe; None: defaults, environment and overrides alone
     overrides: Sequence[str] = (),  # such as ["training.learning_rate=1e-4"]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METHOD_SETTINGS', 'ENGINE_SETTINGS', 'TRACKER_SETTINGS', 'OWN_SETTINGS', 'OwnSettings', 'section_conflicts',
-           'tracker_settings', 'setting_path', 'tracker_conflicts']
+           'tracker_settings', 'setting_path', 'tracker_conflicts', 'own_key']
 
 # %% ../../nbs/core/003_own_settings.ipynb #f1f2ed2e
 import dataclasses
@@ -139,3 +139,14 @@ def tracker_conflicts(
         if name not in TRACKER_SETTINGS:
             yield Conflict((own.section,), f"there is no tracker '{name}'; there are {', '.join(sorted(TRACKER_SETTINGS))}")
         yield from section_conflicts(own, name, given)
+
+# %% ../../nbs/core/003_own_settings.ipynb #4d1c90e2
+def own_key(
+    key: str,  # dotted key that does not exist
+) -> str | None:  # None: it does not begin with such a name
+    "The key that was meant, where somebody took the name of a method, an engine or a tracker for its section."
+    name, dot, rest = key.partition(".")
+    for own in (*OWN_SETTINGS.values(), tracker_settings(name)):
+        if own.classes.get(name):
+            return f"{own.section}{dot}{rest}"
+    return None
