@@ -229,7 +229,8 @@ def test_models_move(visit: "Callable[..., Page]", folder: Path, faults: Faults)
     page.get_by_role("button", name="Verify").click()
     see(page, "helper@2 is intact")
     page.get_by_role("button", name="Write for hubs").click()
-    see(page, "is ready for a hub")
+    see(page, "hub/helper-2 is ready for a hub")
+    assert page.get_by_text(str(folder)).count() == 0  # nobody has to read where the server keeps its folder
     assert bot_digest(folder / "hub" / "helper-2") == bot_digest(find_version("helper@2").directory)
     look_over(page, "models", faults)
 

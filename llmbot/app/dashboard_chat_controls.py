@@ -11,7 +11,7 @@ from typing import Any
 
 from .dashboard_pages import Desk, guarded, open_bot
 from .dashboard_talk import ChatSettings
-from .dashboard_views import toolkit
+from .dashboard_views import place_text, toolkit
 from ..core.config import ServingConfig
 from ..serving.sampling_params import BOUNDS, RequestError
 
@@ -93,7 +93,7 @@ class Bots:
         models = self.desk.place.models
         offer(self.first, models)
         offer(self.second, [ALONE, *models])
-        self.reference.options = self.desk.folder.references()
+        self.reference.options = [place_text(found) for found in self.desk.folder.references()]
 
     def names(self) -> list[str]:
         "The bots that answer, one or two."

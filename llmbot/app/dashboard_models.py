@@ -15,7 +15,7 @@ from .answer_html import answer_html
 from .background_jobs import Tell
 from .dashboard_pages import Desk, register_page
 from .dashboard_parts import JobView, action_button, begin_work, beside
-from .dashboard_views import empty_html, heading_html, html_pane, notice_html, table_html, toolkit
+from .dashboard_views import empty_html, heading_html, html_pane, notice_html, place_text, table_html, toolkit
 from ..core.bot_diff import diff_bots, sections, summary
 from ..core.bot_facts import bot_facts
 from ..core.errors import BotError
@@ -88,7 +88,7 @@ def export(tell: Tell, ref: str, precision: str, dest: str) -> str:  # HTML
     report = export_onnx(find_version(ref).directory, dest, precision)
     rows = [["largest difference of a logit", report.logit_difference], ["same likeliest token", report.greedy_agreement],
             ["perplexity, PyTorch", report.perplexity_pytorch], ["perplexity, ONNX", report.perplexity_onnx]]  # fmt: skip
-    ready = notice_html(f"{dest} is ready, compared on {report.rows}.", "success")
+    ready = notice_html(f"{place_text(dest)} is ready, compared on {report.rows}.", "success")
     return ready + table_html("Compared with PyTorch", ["figure", "measured"], rows)
 
 # %% ../../nbs/app/583_dashboard_models.ipynb #1e34f6f9
@@ -96,7 +96,8 @@ def pack(tell: Tell, ref: str, dest: str) -> str:  # HTML
     "The work: write a version as a folder that hubs take. Raises `BotError` for a damaged one, and where something is there already."
     done = export_bot(find_version(ref).directory, dest)
     needs = " It is an adapter, and loads on its base alone." if done.needs_base else ""
-    return notice_html(f"{done.path} is ready for a hub, with the digest {done.digest[:12]}; its card is {done.card}.{needs}", "success")
+    where = place_text(done.path)
+    return notice_html(f"{where} is ready for a hub, with the digest {done.digest[:12]}; its card is {done.card}.{needs}", "success")
 
 # %% ../../nbs/app/583_dashboard_models.ipynb #2c02acec
 class ModelsInputs:

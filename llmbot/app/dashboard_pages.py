@@ -36,6 +36,9 @@ class Folder:
 
     root: Path
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "root", self.root.resolve())  # jobs work elsewhere than the pages
+
     @property
     def bots(self) -> Path:
         "Bots by name."
