@@ -306,6 +306,31 @@ def test_an_answer_outlives_its_reader(alone: tuple[str, Workplace], another: "C
     assert answer.get_by_text("stopped").count() == 0
 
 
+def test_the_engine_is_the_one_of_the_settings(folder: Path, tmp_path: Path, another: "Callable[[], BrowserContext]") -> None:
+    "A bot on PyTorch and its export on ONNX Runtime say the same on the page Chat; an engine that a bot is not made for says which one is."
+    pytest.importorskip("onnxruntime_genai", reason="exports need the extra 'onnx'")
+    from llmbot.serving.onnx_export import export_onnx
+
+    bot, export = folder / "bots" / "alice", tmp_path / "export"
+    export_onnx(bot, export, "fp32")
+    said: dict[str, str] = {}
+    for backend, mine, other in (("torch", bot, export), ("onnx", export, bot)):
+        serving = ServingConfig(port=0, temperature=0, max_new_tokens=8, backend=backend,
+                                conversations_url=f"sqlite:///{tmp_path}/{backend}.db")
+        with running_dashboard(Config(serving=serving), folder) as (url, place):
+            page = enter(another(), url)
+            page.get_by_text("No bot is open yet").wait_for()
+            for found, told in ((other, "serving.backend=onnx" if backend == "torch" else "is no export"), (mine, "is open.")):
+                page.get_by_label("Open a bot").fill(str(found))
+                page.get_by_role("button", name="Open", exact=True).click()
+                page.locator(".notice").filter(has_text=told).wait_for()
+            say(page, "What is 12 + 30?")
+            said[backend] = page.get_by_role("article", name="Bot").locator(".body").inner_text()
+            assert place.server is not None
+            assert place.server.stats()["total"]["completed"] == 1
+    assert said["torch"] == said["onnx"]
+
+
 def test_a_script_in_an_answer_is_text(alone: tuple[str, Workplace], context: "BrowserContext") -> None:
     attack = ["<script>window.pwned = 1</script> ", "<img src=x onerror='window.pwned = 1'> ", "![x](http://192.0.2.1/x.png) ",
               "[y](javascript:window.pwned=1) ", "**bold** ", "<iframe srcdoc='<script>parent.pwned = 1</script>'></iframe> "]

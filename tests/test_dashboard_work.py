@@ -119,6 +119,7 @@ def look_over(page: "Page", name: str, faults: Faults) -> None:
     if folder := os.environ.get("LLMBOT_SCREENSHOTS"):
         for ending, size in (("-narrow", NARROW), ("", WIDE)):
             page.set_viewport_size(size)
+            page.get_by_role("button", name="Open drawer" if ending else "Close drawer").wait_for()
             page.wait_for_timeout(1000)
             page.screenshot(path=Path(folder, f"dashboard-{name}{ending}.png"))
 
