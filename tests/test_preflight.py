@@ -93,6 +93,15 @@ def test_warnings(tmp_path: Path, settings: dict, pattern: str) -> None:
     report.raise_if_fatal()
 
 
+def test_advice_for_rows_that_are_too_long(tmp_path: Path) -> None:
+    "What is lost although its oldest exchanges were taken away is not helped by taking them away."
+    rows = [*ROWS[:5], talk("q", "a" * 300)]
+    for policy, other in (("drop", True), ("truncate_left", False)):
+        [advice] = [text for text in report_of(tmp_path, CHAT, rows=rows, on_overlong=policy).warnings if "too long" in text]
+        assert ("data.on_overlong" in advice) == other, advice
+        assert "Raise data.max_seq_length" in advice
+
+
 def test_chat_warnings(tmp_path: Path) -> None:
     today = report_of(tmp_path, with_template("{{- strftime_now('%Y') }}" + CHATML_TEMPLATE))
     assert warned(today, "today's date")

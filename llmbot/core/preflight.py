@@ -73,7 +73,8 @@ def check_rows(report: DataReport, chat: ChatFormat) -> Iterator[Finding]:
     for reason, loss in sorted(report.dropped.items(), key=lambda item: -item[1].count):
         if loss.count * 10 > report.rows_read:
             shorter = "truncate_left" if report.kind in UNITS else "truncate_left or split"
-            advice = (f"Raise data.max_seq_length, or set data.on_overlong={shorter}." if reason.startswith("too long")
+            other = "" if " even " in reason else f", or set data.on_overlong={shorter}"  # even: it was shortened already
+            advice = (f"Raise data.max_seq_length{other}." if reason.startswith("too long")
                       else "Nothing to do if that is meant." if "duplicate" in reason else f"Look at the first: {place(loss.where)}.")
             yield Finding("warning", f"{loss.count / report.rows_read:.0%} of the rows are lost: {reason}.", advice)
     held = report.splits.get("validation")
