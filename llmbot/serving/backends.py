@@ -11,6 +11,7 @@ __all__ = ['NEUTRAL', 'Started', 'BackendFactory', 'Factory', 'Capabilities', 'c
 # %% ../../nbs/serving/304_backends.ipynb #4fd58c76
 import difflib
 import importlib
+import json
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, get_args, runtime_checkable
@@ -59,7 +60,8 @@ def check_supported(
         raise RequestError(message, param=form.param, code="unsupported_parameter")
     for name, neutral in NEUTRAL.items():
         if name not in capabilities.parameters and getattr(params, name) != neutral:
-            message = f"the '{backend}' backend does not support {name}; leave it out or send {neutral!r}"
+            instead = f" or send {json.dumps(neutral)}" if isinstance(neutral, float | int) else ""
+            message = f"the '{backend}' backend does not support {name}; leave it out{instead}"
             raise RequestError(message, param=name, code="unsupported_parameter")
 
 # %% ../../nbs/serving/304_backends.ipynb #0d870708
