@@ -464,6 +464,47 @@ def test_the_command_sends_what_waits(tmp_path: Path, capsys: pytest.CaptureFixt
     assert run.data.tags["artifact.bot"] == str(tmp_path / "bot")
 
 
+class Shelf:
+    "A tracker that keeps figures in a directory of all runs, which is there or not."
+
+    replays = False
+
+    def __init__(self, run: TrackedRun, settings: None) -> None:
+        self.run, self.file = run, run.shared_dir / "shelf" / f"{run.id}.jsonl"
+
+    def start(self) -> None:
+        self.file.touch()
+
+    def log_params(self, params: Any) -> None: ...
+    def log_artifact(self, *args: Any) -> None: ...
+    def log_metrics(self, metrics: dict[str, float], step: int, time: float) -> None:
+        self.file.write_text(json.dumps(metrics))
+
+    def finish(self) -> None:
+        self.file.rename(self.file.with_name(f"{self.run.outcome}.jsonl"))
+
+
+def test_the_command_sends_what_waits_of_an_evaluation(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    "An evaluation is told in the same way: the line on the screen names the directory, and its run is complete in the end."
+    from llmbot.evaluation.report import EvaluationReport
+    from llmbot.evaluation.tracking import numbers_of, track
+
+    register_tracker("shelf")(Shelf)
+    monkeypatch.chdir(tmp_path)
+    report = EvaluationReport(url := "http://host/v1", ["rows.jsonl"], 8, {"exact_match": 0.25})
+    with pytest.warns(UserWarning, match="Tracker 'shelf' failed in"):
+        [line] = track(report, url, Config(monitoring=MonitoringConfig(trackers=["tensorboard", "shelf"])))
+    [home] = Path("http---host-v1.run/evaluations").iterdir()
+    assert line == f"Tracker 'shelf' did not take 3 calls. Send them later: llmbot tracking sync {home}"
+    Path("shelf").mkdir()
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as left:
+        main(["tracking", "sync", str(home), "--json"])
+    assert (left.value.code or 0, json.loads(capsys.readouterr().out)) == (0, {"shelf": {"waited": 3, "left": 0}})
+    assert json.loads(Path("shelf/finished.jsonl").read_text()) == numbers_of(report)
+
+
 def pixels(data: bytes) -> Any:
     import numpy as np
     from PIL import Image
@@ -627,7 +668,7 @@ def check_evaluation_in_all(folder: Path, who: dict[str, Any]) -> None:
     bot = folder / who["name"]
     report = evaluate_bot(bot, folder / "chats.jsonl", ["token_f1", "bits_per_byte"], model=ModelConfig(device="cpu"), max_new_tokens=4)
     cfg = Config(monitoring=MonitoringConfig(trackers=FOUR))
-    assert track(report, bot, cfg) == dict.fromkeys(FOUR, 0)
+    assert track(report, bot, cfg) == []
     wanted = {name: [(0, value)] for name, value in numbers_of(report).items()}
     assert {"evaluation/token_f1", "evaluation/token_f1_low", "evaluation/bits_per_byte_high", "evaluation/rows"} <= wanted.keys()
     [home] = (folder / f"{who['name']}.run" / "evaluations").iterdir()

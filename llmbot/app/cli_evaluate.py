@@ -123,9 +123,8 @@ def tell_trackers(found: "EvaluationReport | Comparison", ref: str, cfg: Config)
     "Send a report to the trackers, and say what they did not take."
     from llmbot.evaluation.tracking import track
 
-    for name, left in track(found, ref, cfg).items():
-        if left:
-            say(f"{name} did not take {left} calls; they are kept beside the run.", "yellow", terminal(sys.stderr))
+    for line in track(found, ref, cfg):
+        say(line, "yellow", terminal(sys.stderr))
 
 # %% ../../nbs/app/538_cli_evaluate.ipynb #b8e211b1
 def settings_for(

@@ -14,6 +14,7 @@ import typer
 from .cli_config import AsJson
 from .console import emit, only_json, say
 from ..core.errors import TrainingError
+from ..monitoring.experiment_tracker import identity
 
 # %% ../../nbs/app/536_cli_tracking.ipynb #390b1b95
 app = typer.Typer(name="tracking", help="Experiment trackers.", no_args_is_help=True)
@@ -26,13 +27,13 @@ def group() -> None:
 
 @app.command()
 def sync(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A bot's directory, or that of its run.", show_default=False)],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Directory of a bot, of its run, or of an evaluation.", show_default=False)],
     as_json: AsJson = False,
 ) -> None:
     "Send what trackers did not take while the run went on; only when the run is over."
     from llmbot.training.run_tracking import send_again
 
-    directory = run if run.name.endswith(".run") else run.with_name(f"{run.name}.run")
+    directory = run if run.name.endswith(".run") or identity(run) else run.with_name(f"{run.name}.run")
     with only_json(as_json):
         found = send_again(directory)
     if as_json:

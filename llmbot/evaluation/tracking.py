@@ -6,23 +6,22 @@
 __all__ = ['evaluation_run', 'table_of', 'numbers_of', 'track']
 
 # %% ../../nbs/evaluation/428_tracking.ipynb #2aed0365
-import dataclasses
 import uuid
-from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pydantic import SecretStr
-
 from ..core.bot import resolve_reference
 from ..core.config import Config
+from ..core.config_io import to_dict
 from ..core.evaluations import is_registered
+from ..core.recipe import dump, write_atomically
 from ..core.settings import is_url
 from .comparison import Comparison
 from .html_report import save_html
 from .report import EvaluationReport, GroupResult
-from ..monitoring.experiment_tracker import TRACKING, TrackedRun, TrackerGroup, create_trackers, identity
+from ..monitoring.experiment_tracker import TRACKING, TrackedRun, TrackerGroup, check_trackers, create_trackers, identify
+from ..monitoring.run_facts import secrets_in
 
 # %% ../../nbs/evaluation/428_tracking.ipynb #15471287
 def evaluation_run(
@@ -30,19 +29,18 @@ def evaluation_run(
     cfg: Config,  # its section `monitoring`
     name: str,  # of the bot, in the trackers
 ) -> tuple[TrackedRun, Path]:  # who the run is, and its directory
-    "A run for one evaluation: below the bot's own run where the bot is a directory, else in the working directory."
+    "Begin the run of one evaluation: below the bot's own run where the bot is a directory, else here. Raises `ConfigError`."
     stamp = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:4]}"
     found = None if is_url(ref) else resolve_reference(ref)
-    home, parent = Path(f"{name.replace('/', '-').replace(':', '-')}.run"), None
+    home = Path(f"{name.replace('/', '-').replace(':', '-')}.run")
     if found and found.kind == "path" and not is_registered(found.location):
         place = Path(found.location).resolve()
         home = place.with_name(f"{place.name}.run")
-        parent = identity(home)
     directory, m = home / "evaluations" / stamp, cfg.monitoring
-    above = {"parent": parent["id"], "root": parent["root"] or parent["id"]} if parent else {}
-    run = TrackedRun(m.run_name or f"{name} evaluation", uuid.uuid4().hex, Path(m.log_dir or directory), Path(m.log_dir or home.parent),
-                     "evaluation", **above)  # fmt: skip
-    return run, directory
+    who = identify(directory, m.run_name or f"{name} evaluation", "evaluation", home)
+    tree = {section: values for section, values in to_dict(cfg).items() if section in ("monitoring", "tracker")}
+    write_atomically(directory / "config.yaml", dump(tree))  # for `llmbot tracking sync`
+    return TrackedRun(**who, log_dir=Path(m.log_dir or directory), shared_dir=Path(m.log_dir or home.parent)), directory
 
 
 def table_of(found: EvaluationReport | Comparison) -> tuple[list[str], list[list[str]]]:
@@ -76,11 +74,6 @@ def numbers_of(found: EvaluationReport | Comparison) -> dict[str, float]:
     return {f"evaluation/{name}": float(value) for name, value in numbers.items()}
 
 # %% ../../nbs/evaluation/428_tracking.ipynb #f2a5fcae
-def _secrets(cfg: Config) -> list[str]:
-    sections = [value for value in vars(cfg).values() if dataclasses.is_dataclass(value)]
-    return [v.get_secret_value() for section in sections for v in vars(section).values() if isinstance(v, SecretStr)]
-
-
 def _log(group: TrackerGroup, found: EvaluationReport | Comparison, directory: Path) -> None:
     about: dict[str, Any] = {"settings": found.settings, "data": found.data, "fingerprint": found.fingerprint, "date": found.date}
     group.log_params({"evaluation": about})
@@ -97,18 +90,17 @@ def track(
     found: EvaluationReport | Comparison,
     ref: str | Path,  # the bot that is measured; of a comparison the second
     cfg: Config,  # its sections `monitoring` and `tracker`
-) -> dict[str, int]:  # tracker -> calls that it did not take
+) -> list[str]:  # what a person should know of it
     "Send a report to the trackers of a configuration. Raises `ConfigError` and `MissingExtraError`."
     name = found.bot if isinstance(found, EvaluationReport) else f"{found.second} over {found.first}"
+    check_trackers(cfg.monitoring.trackers)
     run, directory = evaluation_run(ref, cfg, name)
-    directory.mkdir(parents=True, exist_ok=True)
-    names: Sequence[str] = cfg.monitoring.trackers
-    group = create_trackers(names, run, directory / TRACKING, cfg.tracker, cfg.monitoring.tracker_wait_s, _secrets(cfg))
+    m = cfg.monitoring
+    group = create_trackers(m.trackers, run, directory / TRACKING, cfg.tracker, m.tracker_wait_s, secrets_in(cfg))
     group.begin()
     try:
         _log(group, found, directory)
     except BaseException:
         group.finish("failed")
         raise
-    group.finish()
-    return group.unsent
+    return group.finish()

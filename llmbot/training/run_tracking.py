@@ -198,8 +198,9 @@ def send_again(
     if any(mark and mark[1] for mark in marks.values()):
         raise TrainingError(f"the run in {run_dir} still goes on, and sends what it can: wait for its end.")
     names = [name for name, mark in marks.items() if mark or Backlog(unsent_file(home, name)).count()]
-    ended = (Path(run_dir, "history.json").is_file() or who.get("method") == "serving") and not any(marks.values())
-    run = TrackedRun(**who, log_dir=Path(m.log_dir or run_dir), shared_dir=Path(m.log_dir or Path(run_dir).parent))
+    ended = (Path(run_dir, "history.json").is_file() or who.get("method") in ("serving", "evaluation")) and not any(marks.values())
+    bots = Path(run_dir).resolve().parents[2 if who.get("method") == "evaluation" else 0]  # an evaluation lies below the bot's run
+    run = TrackedRun(**who, log_dir=Path(m.log_dir or run_dir), shared_dir=Path(m.log_dir or bots))
     group = create_trackers(names, run, home, cfg.tracker, m.tracker_wait_s)
     calls = read_calls(group.journal.path)
     waited = {name: len(calls) if marks[name] and group.trackers[name].replays else
