@@ -53,7 +53,7 @@ class Matcher:
 
 # %% ../../nbs/serving/310_constraints.ipynb #6f4966e1
 _JSON: Any = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?", "lenient": False}
-_CACHED = 32  # compiled constraints that are kept
+_CACHED, _CACHED_TEXT = 32, 128_000  # compiled constraints that are kept, and their characters together: each may take a kilobyte
 
 
 def _grammar(constraint: Constraint) -> str:
@@ -81,11 +81,18 @@ class Grammars:
     ) -> None:
         self._source, self._vocab_size, self._stop = tokenizer, vocab_size, list(stop_token_ids)
         self._lock = threading.Lock()
-        self._compiled = functools.lru_cache(maxsize=_CACHED)(self._compile)
+        self._kept: dict[Constraint, Any] = {}  # the latest last
 
     def matcher(self, constraint: Constraint) -> Matcher:
         "Begin an answer. Raises `RequestError` for a constraint that cannot be used, `ServingError` for such a tokenizer."
-        return Matcher(self._compiled(constraint).deep_copy(), constraint)
+        with self._lock:
+            state = self._kept.pop(constraint, None)
+        state = state or self._compile(constraint)
+        with self._lock:
+            self._kept[constraint] = state
+            while len(self._kept) > _CACHED or sum(len(kept.text) for kept in self._kept) > _CACHED_TEXT:
+                del self._kept[next(iter(self._kept))]
+        return Matcher(state.deep_copy(), constraint)
 
     @functools.cached_property
     def _tokenizer(self) -> Any:
