@@ -4,16 +4,13 @@
 
 # %% auto #0
 __all__ = ['Outcome', 'TRACKING', 'TrackerFactory', 'TRACKERS', 'TrackedRun', 'identity', 'identify', 'Tracker',
-           'register_tracker', 'find_tracker', 'check_trackers', 'Journal', 'clean_copy', 'Undaunted', 'Recorder',
-           'put_aside', 'unsent_file', 'prepare', 'lost_calls', 'Recording', 'Beginning', 'TrackerGroup',
-           'create_trackers']
+           'register_tracker', 'find_tracker', 'check_trackers', 'Journal', 'Undaunted', 'Recorder', 'put_aside',
+           'unsent_file', 'prepare', 'lost_calls', 'Recording', 'Beginning', 'TrackerGroup', 'create_trackers']
 
 # %% ../../nbs/monitoring/102_experiment_tracker.ipynb #452e3f58
 import dataclasses
 import importlib
 import json
-import os
-import shutil
 import time
 import uuid
 import warnings
@@ -21,11 +18,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from ..core.errors import ConfigError
+from ..core.errors import ConfigError, LLMBotError
 from ..core.own_settings import TRACKER_SETTINGS
 from ..core.recipe import write_atomically
 from ..core.settings import import_object
-from .redaction import Redactor
+from .redaction import Redactor, clean_copy
 from .tracker_queue import Call, Courier, Point, append_calls, points, read_calls, without, write_calls
 
 if TYPE_CHECKING:
@@ -171,34 +168,6 @@ class Journal:
         kept = [call for call in calls if step is not None and (call["step"] is None or call["step"] <= step)]
         write_calls(self.path, kept)
         return kept, calls
-
-# %% ../../nbs/monitoring/102_experiment_tracker.ipynb #7c10da40
-def clean_copy(
-    path: Path,  # file or directory
-    target: Path,  # must not exist
-    redactor: Redactor,
-) -> Path:  # the copy
-    "A copy in which small text files have no secrets; large files are linked where the disk can."
-
-    def copy(source: str, destination: str) -> None:
-        try:
-            text = Path(source).read_text(encoding="utf-8") if os.path.getsize(source) <= 2_000_000 else None
-        except UnicodeDecodeError:
-            text = None
-        if text is not None and (clean := redactor.text(text)) != text:
-            Path(destination).write_text(clean, encoding="utf-8")
-            return
-        try:
-            os.link(source, destination)
-        except OSError:  # another disk, or one without links
-            shutil.copyfile(source, destination)
-
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if path.is_dir():
-        shutil.copytree(path, target, copy_function=copy)
-    else:
-        copy(str(path), str(target))
-    return target
 
 # %% ../../nbs/monitoring/102_experiment_tracker.ipynb #2f8e61ad
 class Undaunted:
@@ -393,7 +362,7 @@ class TrackerGroup(Beginning):
         if self.run is not None:
             self.run.outcome = outcome
         self._ended, until = True, time.monotonic() + self.wait_s
-        for step in self.on_finish:
+        for step in [*self.on_finish, *(courier.end for courier in self.couriers.values())]:  # none waits for another to end
             step()
         for name, courier in self.couriers.items():
             self.unsent[name] = courier.close(max(0.0, until - time.monotonic()))
@@ -416,5 +385,11 @@ def create_trackers(
     for name in names:
         factory = find_tracker(name)
         cls = getattr(factory, "Settings", None)
-        made[name] = factory(run, None if cls is None else cls(**dict((settings or {}).get(name, {}))))
+        given = None if cls is None else cls(**dict((settings or {}).get(name, {})))
+        try:
+            made[name] = factory(run, given)
+        except LLMBotError:
+            raise
+        except Exception as exc:  # whatever a user's own raises
+            raise ConfigError(f"monitoring.trackers: '{name}' cannot be made: {type(exc).__name__}: {exc}") from exc
     return TrackerGroup(made, Path(home), wait_s, Redactor(secrets), run)

@@ -5,13 +5,15 @@
 # %% auto #0
 __all__ = ['HIDDEN', 'WORDS', 'CONTROL', 'COUNTED', 'TOKEN', 'VARIABLE', 'SECRET_NAME', 'NAMED', 'OURS', 'QUOTED', 'ASSIGNED',
            'TOLD', 'FORMS', 'PATTERNS', 'SHORTEST', 'SHORTEST_LINE', 'is_secret_name', 'hide_if', 'spellings',
-           'TextRedactor', 'Redactor']
+           'TextRedactor', 'Redactor', 'clean_copy']
 
 # %% ../../nbs/monitoring/100_redaction.ipynb #1909ea7c
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote, quote_plus, unquote
 
@@ -143,3 +145,31 @@ class Redactor(TextRedactor):
                 shown += "'"
             found[shown] = self.value(inner, f"{name}.{key}" if is_secret_name(name) else str(key))
         return found
+
+# %% ../../nbs/monitoring/100_redaction.ipynb #7c10da40
+def clean_copy(
+    path: Path,  # file or directory
+    target: Path,  # must not exist
+    redactor: Redactor,
+) -> Path:  # the copy
+    "A copy in which small text files have no secrets; large files are linked where the disk can."
+
+    def copy(source: str, destination: str) -> None:
+        try:
+            text = Path(source).read_text(encoding="utf-8") if os.path.getsize(source) <= 2_000_000 else None
+        except UnicodeDecodeError:
+            text = None
+        if text is not None and (clean := redactor.text(text)) != text:
+            Path(destination).write_text(clean, encoding="utf-8")
+            return
+        try:
+            os.link(source, destination)
+        except OSError:  # another disk, or one without links
+            shutil.copyfile(source, destination)
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():
+        shutil.copytree(path, target, copy_function=copy)
+    else:
+        copy(str(path), str(target))
+    return target

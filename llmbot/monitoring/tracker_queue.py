@@ -323,6 +323,7 @@ class Courier(Carrying):
         self._thread = threading.Thread(target=self._run, name=f"llmbot-tracker-{name}", daemon=True)
 
         self.begin = self._thread.start  # starts to deliver; calls may have been given before
+        self.end = functools.partial(self._queue.put, None)  # announces the end, without waiting for it
 
     def put(self, call: Call) -> None:
         "Take a call, without waiting."
@@ -341,7 +342,7 @@ class Courier(Carrying):
         timeout_s: float,  # longest time to wait for what is under way
     ) -> int:  # calls that were not delivered; they are on disk, but for those that are `lost`
         "Deliver what can be delivered in time, keep the rest, and end."
-        self._queue.put(None)
+        self.end()
         self._thread.join(timeout_s) if self._thread.is_alive() else None
         with self.backlog.lock:
             self._closed, current, self._current = True, self._current, None
