@@ -124,22 +124,19 @@ class Backlog:
         "How many calls were not delivered."
         return len(self.calls())
 
-    def drain(
-        self,
-        send: Callable[[Call], None],  # raises anything for a call that is not taken
-    ) -> Exception | None:  # why there is still something; None when all is sent, or put aside
-        "Send what waits, those that come meanwhile as well."
-        while calls := read_calls(self.path):
+    def drain(self, send: Callable[[Call], None]) -> Exception | None:  # why there is still something; None: all is sent, or put aside
+        "Send what waits, those that come meanwhile as well; where none wait any more, the next may take another way."
+        with self.lock:
+            self.waiting = bool(calls := read_calls(self.path))
+        error: Exception | None = None
+        while calls and error is None:
             left, error = _send_all(calls, send)
             with self.lock:
                 append_calls(self.refused, left if error is None else [])
-                newer = read_calls(self.path)[len(calls) :]
-                write_calls(self.path, [*(left if error else []), *newer])
-                self.waiting = bool(newer) or error is not None
-            if error:
-                return error
-        self.waiting = False
-        return None
+                calls = read_calls(self.path)[len(calls) :]
+                write_calls(self.path, [*(left if error else []), *calls])
+                self.waiting = bool(calls) or error is not None
+        return error
 
 # %% ../../nbs/monitoring/101_tracker_queue.ipynb #dde0c985
 def _send_all(calls: Sequence[Call], send: Callable[[Call], None]) -> tuple[list[Call], Exception | None]:
@@ -176,6 +173,10 @@ class Holding:
     lost = 0  # calls that neither the tracker nor the disk took
     _queue: "queue.SimpleQueue[Call | None]"
     _warned = False
+
+    def end(self) -> None:
+        "Announce the end, without waiting for it."
+        self._queue.put(None)
 
     def _keep(self, calls: Sequence[Call], first: bool = False) -> None:
         "Have calls wait on disk. What the disk does not take is lost, counted, and no reason to end the run."
@@ -323,7 +324,6 @@ class Courier(Carrying):
         self._thread = threading.Thread(target=self._run, name=f"llmbot-tracker-{name}", daemon=True)
 
         self.begin = self._thread.start  # starts to deliver; calls may have been given before
-        self.end = functools.partial(self._queue.put, None)  # announces the end, without waiting for it
 
     def put(self, call: Call) -> None:
         "Take a call, without waiting."
