@@ -266,7 +266,9 @@ def test_full_disk_is_said(tmp_path: Path, limit: int) -> None:
     path, cfg = written(tmp_path)
     (process := start_child(path, full_disk_child, limit, str(tmp_path / "said"))).join()
     assert process.exitcode == 5
-    assert "Cannot write a checkpoint" in (tmp_path / "said").read_text()
+    said = (tmp_path / "said").read_text()
+    assert "Cannot write a checkpoint" in said
+    assert "There is no earlier one" in said
     assert not list((run_directory(cfg.training.output_dir) / "checkpoints").glob("*"))
 
 

@@ -59,7 +59,8 @@ def find_sources(
         elif path.is_dir():
             _add_directory(sources, path)
         elif not path.exists():
-            raise DataError(f"{name}: no such file or directory. For a data set on the hub write hf:{name}.")
+            hub = f" For a data set on the hub write hf:{name}." if HUB_NAME.fullmatch(name) and suffix_of(path) not in READERS else ""
+            raise DataError(f"{name}: no such file or directory.{hub}")
         elif suffix_of(path) not in READERS:
             raise DataError(f"{name}: unknown kind of file '{path.suffix}'. Known are {', '.join(sorted(READERS))} (each also .gz).")
         else:

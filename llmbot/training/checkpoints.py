@@ -278,8 +278,9 @@ class CompleteCheckpoints(Staged):
             if not could_not_write(exc):
                 raise
             shutil.rmtree(root / STAGING, ignore_errors=True)
-            reason = storage_reason(exc)
-            raise TrainingError(f"Cannot write a checkpoint to {root}: {reason}. Earlier ones are whole: go on with --resume.") from exc
+            first = not checkpoints_in(root)
+            rest = "There is no earlier one: --resume begins anew" if first else "Earlier ones are whole: go on with --resume"
+            raise TrainingError(f"Cannot write a checkpoint to {root}: {storage_reason(exc)}. {rest}.") from exc
         finally:
             self.staging = None
 
