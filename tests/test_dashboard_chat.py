@@ -406,11 +406,15 @@ def test_votes_become_data_for_dpo(team: str, folder: Path, context: "BrowserCon
     data = DataConfig(train=[str(folder / "votes.jsonl")], validation_split=0, cache_dir=str(folder / "cache"))
     report = preflight(prepare_data(data, chat, kind="preference", max_seq_length=512, packing=False), chat)
     assert (report.data.rows_read, len(report.data.dropped), report.errors) == (3, 0, [])
+    asked, other = (rows[-1]["meta"][f"{side}_bot"] for side in ("chosen", "rejected"))
+    page.get_by_label("Bot", exact=True).first.click()
+    page.get_by_role("menuitem", name=other).click()  # which is not the one whose answer is judged
     page.get_by_role("button", name="Good answer").last.click()
     page.get_by_text("Kept.").wait_for()
     page.get_by_role("button", name="Good answer", pressed=True).wait_for()
     rating, = [row.record for row in read_rows([str(folder / "ratings.jsonl")])]
     assert (recognise(rating), rating["label"], rating["messages"]) == ("preference", True, talk)
+    assert rating["meta"]["settings"]["model"] == asked
     assert USER not in (folder / "votes.jsonl").read_text() + (folder / "ratings.jsonl").read_text()
 
 
@@ -468,7 +472,7 @@ def test_server_page(team: str, context: "BrowserContext") -> None:
         page.get_by_role("button", name="Change").click()
         page.locator(".notice").filter(has_text=told).last.wait_for()
     assert httpx.get(f"{team}/admin/config", headers=admin).json()["config"]["serving"]["top_p"] == 0.5
-    page.get_by_label("Bot", exact=True).click()
+    page.get_by_label("Bot", exact=True).first.click()
     page.get_by_role("menuitem", name="bob").click()
     for name, state in (("Load", "loaded"), ("Unload", "unloaded")):
         page.get_by_role("button", name=name, exact=True).click()

@@ -14,7 +14,7 @@ import random
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from .dashboard_chat_controls import Bots, Sampling, Sharing, titled
@@ -113,7 +113,7 @@ class Pair:
     question: str
     names: list[str]
     answers: list[Said]
-    settings: ChatSettings
+    settings: ChatSettings  # but for the bot
 
 # %% ../../nbs/app/578_dashboard_chat.ipynb #db3fb40b
 class Chat:
@@ -295,25 +295,30 @@ async def show_earlier(chat: Chat, id: str, text: str) -> None:
     chat.view.anchored = False
 
 # %% ../../nbs/app/578_dashboard_chat.ipynb #26cb426e
-def about(chat: Chat, **more: Any) -> dict[str, Any]:
+def about(
+    chat: Chat,
+    settings: ChatSettings | None,  # that gave the answer; None: nobody knows them
+    **more: Any,
+) -> dict[str, Any]:
     "What is kept with a vote."
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    return {"source": "dashboard", "time": now, "key": chat.desk.key.name, "settings": chat.settings().chosen(), **more}
+    return {"source": "dashboard", "time": now, "key": chat.desk.key.name, "settings": settings and settings.chosen(), **more}
 
 
 async def rate(chat: Chat, id: str, good: bool) -> None:
     "A thumb on an answer."
     position = int(id)
     prompt, answer = chat.talk.messages[:position], str(chat.talk.messages[position]["content"])
-    pairs = await asyncio.to_thread(chat.ballot.rate, prompt, answer, good, about(chat), chat.talk.cut(position))
+    asked, whole = chat.talk.seen(position)
+    pairs = await asyncio.to_thread(chat.ballot.rate, prompt, answer, good, about(chat, asked), not whole)
     chat.rated[position] = good
     chat.draw()
     chat.view.status = "Kept as a pair of a better and a worse answer." if pairs else "Kept."
 
-
+# %% ../../nbs/app/578_dashboard_chat.ipynb #26cb426f
 async def side_by_side(chat: Chat, question: str) -> None:
     "Two bots answer; nothing is kept until one of the answers is chosen."
-    names, base, blind = chat.bots.names(), chat.settings(), bool(chat.bots.blind.value)
+    names, base, blind = chat.bots.names(), chat.sampling.settings(None), bool(chat.bots.blind.value)
     if blind:
         random.SystemRandom().shuffle(names)
     settle_system(chat.talk, base.system)
@@ -329,7 +334,7 @@ async def side_by_side(chat: Chat, question: str) -> None:
     messages = [*chat.talk.messages, {"role": "user", "content": question}]
     try:
         async with asyncio.TaskGroup() as group:
-            answers = [stream(chat.talk, messages, chat.sampling.settings(name)) for name in names]
+            answers = [stream(chat.talk, messages, replace(base, model=name)) for name in names]
             read = [group.create_task(follow(answers[i], functools.partial(show, i), sides[i].label)) for i in (0, 1)]
     except ExceptionGroup as failed:
         chat.view.draft = {"text": question, "at": time.time()}
@@ -354,11 +359,11 @@ async def choose(chat: Chat, better: int | None) -> None:
     message = f"The left was {pair.names[0]}, the right {pair.names[1]}."
     try:
         if better is not None:
-            meta = about(chat, chosen_bot=pair.names[number], rejected_bot=pair.names[1 - number])
+            meta = about(chat, pair.settings, chosen_bot=pair.names[number], rejected_bot=pair.names[1 - number])
             await asyncio.to_thread(chat.ballot.vote, prompt, answer.text, other.text, meta, (answer.stopped, other.stopped))
             message += " Your vote is kept for DPO."
     finally:
-        settings = chat.sampling.settings(pair.names[number])
+        settings = replace(pair.settings, model=pair.names[number])
         await keep(chat.talk, pair.question, answer.text, settings, stopped=answer.stopped, whole=not answer.stopped)
         chat.view.status = message
         await shown(chat)

@@ -113,9 +113,9 @@ class Talk:
     def __init__(self, desk: Desk) -> None:
         self.desk, self.messages = desk, list[Message]()
         self.conversation: Conversation | None = None  # until the first turn is kept
-        self.last, self.dropped = Chunk(""), 0  # the end of the last answer; messages that its prompt had no room for
-        self.continues = False  # whether the last answer goes on with the question's text, as its bot has no chat template
-        self._running, self._whole = set[str](), set[int]()  # requests; answers, counted from 0, that were seen to end by themselves
+        self.last, self.dropped, self.continues = Chunk(""), 0, False  # the last answer's end; messages left out; no chat template
+        self._running = set[str]()  # requests
+        self._seen = dict[int, tuple[ChatSettings, bool]]()  # answers, counted from 0: settings, and whether it ended by itself
         desk.on_close(self.leave)
 
     @property
@@ -132,11 +132,11 @@ class Talk:
         "Go on with a kept conversation. Raises `UnknownConversationError`."
         found = await self.store.run(fetch, self.desk.key.name, id)
         self.conversation, self.messages = found, [dict(m) for m in found.messages]
-        self._whole.clear()
+        self._seen.clear()
 
-    def cut(self, position: int) -> bool:
-        "Whether an answer did not end by itself, or nobody knows: a vote on it teaches nothing of where it ends."
-        return answers_in(self.messages[:position]) not in self._whole
+    def seen(self, position: int) -> tuple[ChatSettings | None, bool]:
+        "How an answer was asked for, and whether it ended by itself: else, or where nobody knows, a vote teaches nothing of where it ends."
+        return self._seen.get(answers_in(self.messages[:position]), (None, False))
 
     async def remove(self, id: str) -> None:
         "Delete a kept conversation. Raises `UnknownConversationError`."
@@ -226,7 +226,7 @@ async def keep(
         await talk.store.run(append, owner, now.id, now.message_count, turn, start)
         talk.conversation = dataclasses.replace(now, message_count=len(messages))
     talk.messages = messages
-    (talk._whole.add if whole else talk._whole.discard)(answers_in(messages) - 1)
+    talk._seen[answers_in(messages) - 1] = settings, whole
 
 
 async def turn_of(talk: Talk, question: str, settings: ChatSettings, start: int | None, name: str) -> AsyncGenerator[Chunk, None]:

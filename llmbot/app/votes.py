@@ -106,7 +106,7 @@ class Ballot:
         ratings: str | Path,  # where verdicts on single answers go
     ) -> None:
         self.votes, self.ratings = Path(votes), Path(ratings)
-        self._given: dict[str, dict[str, tuple[bool, bool]]] = {}  # question -> answer -> verdict, and whether it was ended early
+        self._given: dict[str, dict[str, tuple[bool, bool, Any]]] = {}  # question -> answer -> verdict, whether it was ended early, meta
         self._paired: set[tuple[str, str, str]] = set()
 
     def vote(self, prompt: Messages, chosen: str, rejected: str, meta: Mapping[str, Any] | None = None,
@@ -129,12 +129,13 @@ class Ballot:
         if answer in given and given[answer][0] == good:
             return 0
         append_rating(self.ratings, prompt, answer, good, meta, stopped)
-        for other, (verdict, early) in given.items():
+        for other, (verdict, early, told) in given.items():
             pair = (key, answer, other) if good else (key, other, answer)
             if other != answer and verdict != good and pair not in self._paired:
-                self.vote(prompt, pair[1], pair[2], meta, (stopped, early) if good else (early, stopped))
+                about = {"chosen": meta if good else told, "rejected": told if good else meta}
+                self.vote(prompt, pair[1], pair[2], about, (stopped, early) if good else (early, stopped))
                 made += 1
-        given[answer] = good, stopped
+        given[answer] = good, stopped, meta
         return made
 
 
