@@ -27,8 +27,10 @@ class Turn:
     logprobs: list[Mapping[str, Any]] = field(default_factory=list)  # of an answer's tokens, where asked for
     good: bool | None = None  # the verdict on an answer
     stopped: bool = False  # an answer that did not end by itself
+    system: str = ""  # system message with which an answer was asked for
+    temperature: float | None = None  # and its temperature
 
-
+# %% ../../nbs/app/555_chat_tree.ipynb #1185175a
 class ChatTree:
     "All that was said, in all its versions; the branch that ends with `tip` is shown."
 

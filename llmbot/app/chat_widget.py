@@ -136,6 +136,7 @@ def answer(
     messages, sampling = widget.tree.messages(question, widget.settings.system.value), widget.settings.sampling()
     number = widget.tree.add("assistant", "", question)
     turn = widget.tree.turns[number]
+    turn.system, turn.temperature = widget.settings.system.value, widget.settings.temperature.value
     widget.stop.clear()
     widget.tell("")
     widget.halt.disabled, widget.send.disabled = False, True
@@ -174,8 +175,8 @@ def turn_html(widget: ChatWidget, number: int) -> str:
 def judge(widget: ChatWidget, number: int, good: bool) -> None:
     "Keep a verdict on an answer. Raises `DataError`."
     turn = widget.tree.turns[number]
-    about = {"bot": widget.source.name, "temperature": widget.settings.temperature.value}
-    made = widget.ballot.rate(widget.tree.messages(turn.parent, widget.settings.system.value), turn.text, good, about, turn.stopped)
+    about = {"bot": widget.source.name, "temperature": turn.temperature}
+    made = widget.ballot.rate(widget.tree.messages(turn.parent, turn.system), turn.text, good, about, turn.stopped)
     turn.good = good
     pairs = f", and {made} pairs in {widget.ballot.votes.name}" if made else ""
     widget.tell(f"Kept in {widget.ballot.ratings.name}{pairs}.", "good")
