@@ -24,7 +24,7 @@ from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
-from pydantic import BaseModel
+from pydantic import BaseModel, StrictInt
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.routing import Match, Route
@@ -190,12 +190,16 @@ def nearest(
     given: Any,  # what they are about
 ) -> Iterator[tuple[str, str, str]]:  # place, kind and message of each
     "Of a value that may be of several types only the errors of those that it came nearest to."
-    found, deepest = [(error, *path_of(error, given)) for error in errors], dict[tuple[Any, ...], int]()
-    for _, path, choice in found:
-        key = tuple(path[:choice])
-        deepest[key] = max(deepest.get(key, 0), len(path))
+    found, best = [(error, *path_of(error, given)) for error in errors], dict[tuple[Any, ...], tuple[bool, int]]()
+
+    def near(error: Mapping[str, Any], path: Sequence[Any]) -> tuple[bool, int]:
+        return error["type"] in ("too_long", "too_short"), len(path)  # else its type was the wrong one
+
     for error, path, choice in found:
-        if len(path) == deepest[tuple(path[:choice])]:
+        key = tuple(path[:choice])
+        best[key] = max(best.get(key, (False, 0)), near(error, path))
+    for error, path, choice in found:
+        if near(error, path) == best[tuple(path[:choice])]:
             place = ".".join(str(part) for part in path if part != "body")[:200]  # it may be a key as long as the body
             yield place, error["type"], error["msg"]
 
