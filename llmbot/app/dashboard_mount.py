@@ -44,7 +44,13 @@ def pages_app(
         require(module, "dashboard")
     from panel.io.fastapi import add_applications
 
-    app = FastAPI(title="llmbot dashboard", docs_url=None, redoc_url=None, openapi_url=None)
+    @contextlib.asynccontextmanager
+    async def visits_end(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        for context in app.state.pages._applications.values():
+            await context._cleanup_sessions(-1)  # those left for longer than -1 ms, which is all of them
+
+    app = FastAPI(title="llmbot dashboard", docs_url=None, redoc_url=None, openapi_url=None, lifespan=visits_end)
     app.state.place = place
     secret = secrets.token_bytes(32)
     app.state.pages = add_applications({PATH: visit(place, PATH)}, app=app, title="llmbot", sign_sessions=True, secret_key=secret)
