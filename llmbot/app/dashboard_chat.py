@@ -198,10 +198,11 @@ async def look_back(chat: Chat) -> None:
     await refresh(chat)
 
 
-async def shown(chat: Chat) -> None:
-    "Draw the conversation anew, from its end."
+async def shown(chat: Chat, **state: Any) -> None:
+    "Draw the conversation anew, from its end; only then say what `state` says of it, so that nobody goes on in an older one."
     chat.start = max(0, len(chat.talk.messages) - WINDOW)
     chat.draw()
+    chat.view.param.update(**state)
     await refresh(chat)
 
 # %% ../../nbs/app/578_dashboard_chat.ipynb #e2fc8785
@@ -222,8 +223,7 @@ async def reopen(chat: Chat, id: str) -> None:
 async def reset(chat: Chat) -> None:
     "Forget what was about another conversation."
     chat.rated, chat.notes, chat.pair = {}, {}, None
-    chat.view.status = ""
-    await shown(chat)
+    await shown(chat, status="")
 
 
 async def forget(chat: Chat) -> None:
@@ -249,16 +249,14 @@ async def turn(
     except BaseException as exc:
         part = chat.talk.messages is not before  # what came was kept
         told = "The answer was cut short." if part else "There is no answer."
-        chat.view.param.update(busy=False, status=told if isinstance(exc, LLMBotError) else "")
         if not part:
             chat.view.draft = {"text": question, "at": time.time()}
-        await shown(chat)
+        await shown(chat, busy=False, status=told if isinstance(exc, LLMBotError) else "")
         raise
     left_out = f" · the first {chat.talk.dropped} messages had no room in the prompt" if chat.talk.dropped else ""
     goes_on = " · goes on with your words: it has no chat template" if chat.talk.continues else ""
     chat.notes[len(chat.talk.messages) - 1] = said.note + left_out + goes_on
-    chat.view.param.update(busy=False, status="The answer is complete." if chat.talk.last.finish_reason else "The answer was stopped.")
-    await shown(chat)
+    await shown(chat, busy=False, status="The answer is complete." if chat.talk.last.finish_reason else "The answer was stopped.")
 
 # %% ../../nbs/app/578_dashboard_chat.ipynb #74c497e7
 async def send(chat: Chat, id: str, text: str) -> None:
@@ -365,8 +363,7 @@ async def choose(chat: Chat, better: int | None) -> None:
     finally:
         settings = replace(pair.settings, model=pair.names[number])
         await keep(chat.talk, pair.question, answer.text, settings, stopped=answer.stopped, whole=not answer.stopped)
-        chat.view.status = message
-        await shown(chat)
+        await shown(chat, status=message)
 
 
 Act = Callable[[Chat, str, str], Any]
@@ -398,8 +395,7 @@ def chat_page(desk: Desk) -> Any:
 
     async def first() -> None:
         await guarded(desk, start)()
-        chat.view.status = ""
-        await shown(chat)
+        await shown(chat, status="")
 
     async def look_again() -> None:
         if desk.page == "chat" and not chat.view.busy:
