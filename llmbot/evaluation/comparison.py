@@ -9,6 +9,7 @@ __all__ = ['ComparedRow', 'Comparison', 'apart', 'comparison_lines', 'comparison
 # %% ../../nbs/evaluation/418_comparison.ipynb #97eea3df
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -99,8 +100,8 @@ def comparison_lines(
     found: Comparison,
 ) -> tuple[list[list[str]], list[str]]:  # rows of the table, and notes
     "A comparison in words."
-    body = [[name, f"{d.first:.4g}", f"{d.second:.4g}", f"{d.value:+.4g}", str(d.interval), f"{d.p_value:.3g}" if d.interval.known else ""]
-            for name, d in found.differences.items()]  # fmt: skip
+    body = [[name, f"{d.first:.4g}", f"{d.second:.4g}", f"{d.value:+.4g}", str(d.interval),
+             "" if math.isnan(d.p_value) else f"{d.p_value:.3g}"] for name, d in found.differences.items()]  # fmt: skip
     notes = [f"first: {found.first}; second: {found.second}; {found.rows} rows of {', '.join(found.data)}",
              f"by row, {found.settings['wins_by']}: the second wins {found.wins}, loses {found.losses}, {found.ties} equal, "
              f"sign test p = {found.p_value:.3g}"]  # fmt: skip
@@ -108,7 +109,7 @@ def comparison_lines(
         why = "from one row alone none can be given" if found.rows == 1 else "in some resamples it is no number"
         notes.append(f"no interval and no p of the difference of {bare}: {why}")
     if flat := ", ".join(name for name, d in found.differences.items() if d.interval.flat):
-        notes.append(f"no spread of the difference of {flat}: {ALIKE}, and neither does its p")
+        notes.append(f"no spread and no p of the difference of {flat}: {ALIKE}")
     if any(name in LIKELIHOOD for name in found.differences):
         notes.append("of loss, perplexity and bits_per_byte less is better")
     notes += [f"{name}: first {value['first']}, second {value['second']}" for name, value in found.settings.items() if apart(value)]
@@ -168,7 +169,8 @@ def comparison_figures(
         ends = [d.interval.low, d.interval.high] if second else [-d.interval.high, -d.interval.low]
         values = (d.value, d.second, d.first) if second else (-d.value, d.first, d.second)
         figure: dict[str, Any] = dict(zip(("value", "this", "other"), values, strict=True)) | {"metric": name}
-        figure |= {"interval": ends, "p_value": d.p_value} if d.interval.known else {"no_interval": [name]}
+        figure |= {"interval": ends} if d.interval.known else {"no_interval": [name]}
+        figure |= {} if math.isnan(d.p_value) else {"p_value": d.p_value}
         figures[f"{name_of_rows(found.data, found.settings)}/{name}_over_{called}"] = plain(figure | about)
     return figures
 

@@ -6,6 +6,7 @@
 __all__ = ['evaluation_run', 'table_of', 'numbers_of', 'track']
 
 # %% ../../nbs/evaluation/428_tracking.ipynb #2aed0365
+import math
 import uuid
 from datetime import UTC, datetime
 from pathlib import Path
@@ -67,7 +68,7 @@ def numbers_of(found: EvaluationReport | Comparison) -> dict[str, float]:
     else:
         parts = (("", "value"), ("_first", "first"), ("_second", "second"), ("_p", "p_value"))
         numbers = {f"{name}{end}": getattr(d, part) for name, d in found.differences.items() for end, part in parts
-                   if d.interval.known or part != "p_value"}
+                   if part != "p_value" or not math.isnan(d.p_value)}
         numbers |= {f"{name}_{end}": getattr(d.interval, end) for name, d in found.differences.items() if d.interval.known
                     for end in ("low", "high")}
         numbers |= {"wins": found.wins, "losses": found.losses, "ties": found.ties, "rows": found.rows}
