@@ -26,6 +26,7 @@ os.environ |= {"MLFLOW_DISABLE_TELEMETRY": "true", "WANDB_ERROR_REPORTING": "fal
 from rich.console import Console
 
 from llmbot.app.cli import main
+from llmbot.app.run_records import find_runs, read_curves, records_of
 from llmbot.core.config import Config, ModelConfig, MonitoringConfig, ServingConfig
 from llmbot.core.config_io import load_config
 from llmbot.core.errors import TrainingError
@@ -476,12 +477,33 @@ class Shelf:
         self.file.touch()
 
     def log_params(self, params: Any) -> None: ...
+    def log_table(self, *args: Any) -> None: ...
     def log_artifact(self, *args: Any) -> None: ...
     def log_metrics(self, metrics: dict[str, float], step: int, time: float) -> None:
         self.file.write_text(json.dumps(metrics))
 
     def finish(self) -> None:
         self.file.rename(self.file.with_name(f"{self.run.outcome}.jsonl"))
+
+
+def test_paths_begin_where_the_run_began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    "Relative paths in a recipe mean the same to a run, to the command that sends the rest later, and to who reads its records."
+    register_tracker("shelf")(Shelf)
+    (work := tmp_path / "work").mkdir()
+    (other := tmp_path / "other").mkdir()
+    monkeypatch.chdir(work)
+    given = overrides(Path(), "bot", **{"monitoring.trackers": "[tensorboard, mlflow, shelf]", "training.max_steps": 2,
+                                        "monitoring.log_dir": "logs", "tracker.mlflow.uri": "sqlite:///all.db"})  # fmt: skip
+    with pytest.warns(UserWarning, match="Tracker 'shelf' failed in"):
+        train(load_config(None, given, env={}), console=QUIET)
+    Path("logs/shelf").mkdir()
+    monkeypatch.chdir(other)
+    assert [left for _, left in send_again("../work/bot.run").values()] == [0]
+    assert [path.name for path in (work / "logs" / "shelf").iterdir()] == ["finished.jsonl"]
+    assert (list(other.iterdir()), Path.cwd()) == ([], other)
+    [run] = find_runs(work)
+    assert {"tensorboard", "mlflow"} <= records_of(run).keys()
+    assert read_curves(run, "tensorboard").keys() == read_curves(run, "mlflow").keys()
 
 
 def test_the_command_sends_what_waits_of_an_evaluation(

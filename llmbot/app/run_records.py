@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 from ..core.bot import is_bot, read_manifest
 from ..core.errors import BotError, ConfigError, LLMBotError
-from ..monitoring.experiment_tracker import identity
+from ..monitoring.experiment_tracker import began_in, identity
 from ..monitoring.tracker_records import Curves, Reader, local_records
 
 # %% ../../nbs/app/547_run_records.ipynb #13bdecbc
@@ -121,13 +121,14 @@ def mlflow_file(
     "The SQLite file of MLflow that a run was told to write, if it was."
     asked = run.config.get("tracker", {}).get("mlflow") or {}
     uri = urlsplit(str(asked.get("uri") or os.environ.get("MLFLOW_TRACKING_URI") or ""))
-    return Path(uri.path.removeprefix("/")) if uri.scheme == "sqlite" else None
+    return began_in(run.directory) / uri.path.removeprefix("/") if uri.scheme == "sqlite" else None
 
 
 def records_of(run: RunRecord) -> dict[str, Reader]:  # name -> reads it
     "What there is to read of a run on this machine."
     log_dir = run.setting("monitoring.log_dir")
-    return local_records(run.directory, run.name, run.id, Path(log_dir) if log_dir else None, mlflow_file(run))
+    return local_records(run.directory, run.name, run.id, began_in(run.directory) / log_dir if log_dir else None,
+                         mlflow_file(run))
 
 
 def read_curves(

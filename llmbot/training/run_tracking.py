@@ -28,7 +28,7 @@ from ..core.model_manager import load_bot
 from ..core.processes import is_main
 from ..core.recipe import write_atomically
 from llmbot.monitoring.experiment_tracker import (
-    TRACKING, TrackedRun, TrackerGroup, create_trackers, identify, identity, lost_calls, unsent_file,
+    TRACKING, TrackedRun, TrackerGroup, began_in, create_trackers, identify, identity, lost_calls, unsent_file,
 )  # fmt: skip
 from ..monitoring.resources import ResourceMonitor, ResourceReader
 from ..monitoring.run_facts import run_facts, secrets_in
@@ -188,6 +188,12 @@ def send_again(
     run_dir: str | Path,  # of a run that is over
 ) -> dict[str, tuple[int, int]]:  # tracker -> calls that waited, and calls that still wait
     "Send what trackers did not take, or lost with a killed run. Raises `TrainingError` without a run that is over, and `ConfigError`."
+    run_dir = Path(run_dir).resolve()
+    with contextlib.chdir(began_in(run_dir)):
+        return _send_again(run_dir)
+
+
+def _send_again(run_dir: Path) -> dict[str, tuple[int, int]]:
     home, recipe, who = Path(run_dir, TRACKING), Path(run_dir, "config.yaml"), identity(run_dir)
     if who is None or not recipe.is_file():
         raise TrainingError(f"{run_dir} holds no run that trackers know of: give the bot's directory with .run behind its name.")
@@ -199,7 +205,7 @@ def send_again(
         raise TrainingError(f"the run in {run_dir} still goes on, and sends what it can: wait for its end.")
     names = [name for name, mark in marks.items() if mark or Backlog(unsent_file(home, name)).count()]
     ended = (Path(run_dir, "history.json").is_file() or who.get("method") in ("serving", "evaluation")) and not any(marks.values())
-    bots = Path(run_dir).resolve().parents[2 if who.get("method") == "evaluation" else 0]  # an evaluation lies below the bot's run
+    bots = run_dir.parents[2 if who.get("method") == "evaluation" else 0]  # an evaluation lies below the bot's run
     run = TrackedRun(**who, log_dir=Path(m.log_dir or run_dir), shared_dir=Path(m.log_dir or bots))
     group = create_trackers(names, run, home, cfg.tracker, m.tracker_wait_s)
     calls = read_calls(group.journal.path)
