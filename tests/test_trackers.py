@@ -492,10 +492,12 @@ def test_paths_begin_where_the_run_began(tmp_path: Path, monkeypatch: pytest.Mon
     (work := tmp_path / "work").mkdir()
     (other := tmp_path / "other").mkdir()
     monkeypatch.chdir(work)
+    monkeypatch.setenv("PWD", str(work))  # as a shell does: it is no password
     given = overrides(Path(), "bot", **{"monitoring.trackers": "[tensorboard, mlflow, shelf]", "training.max_steps": 2,
                                         "monitoring.log_dir": "logs", "tracker.mlflow.uri": "sqlite:///all.db"})  # fmt: skip
     with pytest.warns(UserWarning, match="Tracker 'shelf' failed in"):
         train(load_config(None, given, env={}), console=QUIET)
+    assert list(Path("bot.run/tracking").glob("unsent-*")) == [Path("bot.run/tracking/unsent-shelf.jsonl")]
     Path("logs/shelf").mkdir()
     monkeypatch.chdir(other)
     assert [left for _, left in send_again("../work/bot.run").values()] == [0]

@@ -92,7 +92,8 @@ class TextRedactor:
         secrets: Iterable[str] = (),  # values that are known to be secret, such as those of a configuration
         env: Mapping[str, str] | None = None,  # None: the environment of this process
     ):
-        named = [value for name, value in (os.environ if env is None else env).items() if is_secret_name(name)]
+        given = os.environ if env is None else env
+        named = [value for name, value in given.items() if is_secret_name(name) and name != "PWD"]  # a shell's working directory
         known = {value.strip() for value in (*secrets, *named)}
         self._known = sorted({way for value in known if len(value) >= SHORTEST for way in spellings(value)}, key=len, reverse=True)
 
