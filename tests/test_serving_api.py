@@ -128,7 +128,10 @@ def test_echoed_prompts_are_not_encoded_where_streams_run(url: str, client: open
         return encode_prompt(*args)
 
     monkeypatch.setattr("llmbot.serving.openai_api.encode_prompt", noted)
-    client.completions.create(model="alice", prompt=["Once", "upon"], echo=True, max_tokens=1)
+    answer = client.completions.create(model="alice", prompt=["Once", "upon"], echo=True, max_tokens=1)
+    assert [choice.text.startswith(prompt) for choice, prompt in zip(answer.choices, ("Once", "upon"), strict=True)] == [True, True]
+    assert where == []  # text is echoed as it came
+    client.completions.create(model="alice", prompt=["Once", "upon"], echo=True, logprobs=0, max_tokens=1)
     assert len(where) == 2
     assert "llmbot-api" not in where
 
@@ -187,8 +190,9 @@ def test_stop_strings(client: openai.OpenAI) -> None:
         ({"tool_choice": {"type": "function"}}, "tool_choice.function"),
         ({"extra_body": {"top_k": -1}}, "top_k"),
         ({"extra_body": {"min_q": 0.1}}, "min_q"),
-        ({"max_tokens": 4000}, "max_new_tokens"),  # within the server's limit, beyond the bot's context
-        ({"max_tokens": 5000}, "max_new_tokens"),  # beyond the server's limit
+        ({"max_tokens": 4000}, "max_tokens"),  # within the server's limit, beyond the bot's context
+        ({"max_tokens": 5000}, "max_tokens"),  # beyond the server's limit
+        ({"max_completion_tokens": 5000}, "max_completion_tokens"),
         ({"messages": [{"role": "robot", "content": "?"}]}, "messages"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "messages"),
     ],
