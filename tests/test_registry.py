@@ -1,5 +1,6 @@
 """The registry with real processes: registering at once, killed at any moment, and a bot that loads by its alias."""
 
+import contextlib
 import json
 import os
 import random
@@ -18,6 +19,7 @@ from test_resources import driver
 from tiny_bots import make_bot
 
 from llmbot.app.cli import main
+from llmbot.core import registry
 from llmbot.core.adapters import merge_bot
 from llmbot.core.bot import Manifest, bot_digest, read_manifest, resolve_reference, verify_bot, write_manifest
 from llmbot.core.bot_diff import diff_bots
@@ -30,7 +32,7 @@ from llmbot.core.lineage import lineage
 from llmbot.core.model_manager import find_base, load_bot
 from llmbot.core.registry import delete_version, gc, read_record, register, verify_registry
 from llmbot.core.registry_aliases import alias_history, promote
-from llmbot.core.registry_layout import find_version, read_aliases, version_places
+from llmbot.core.registry_layout import Place, find_version, read_aliases, version_places
 from llmbot.monitoring.mlflow_models import pull_from_mlflow
 from llmbot.serving.api_server import running_server
 from llmbot.serving.decoding import ask
@@ -115,6 +117,26 @@ def test_processes_that_register_at_once_get_different_versions(tmp_path: Path) 
     assert sorted(out.strip() for out, _ in said) == ["mine@1", "mine@2", "mine@3", "mine@4"]
     assert verify_registry(root) == {}
     assert len({read_record(place).digest for place in version_places(root, "mine")}) == 1
+
+
+@pytest.mark.parametrize("look", ["register", "verify"])
+def test_a_version_that_goes_meanwhile_is_no_damage(look: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    "Another process deletes a version after it was listed and before its record is read, unless the registry is locked."
+    bot, root = fake_bot(tmp_path / "mine"), tmp_path / "registry"
+    for _ in range(3):
+        register(bot, root=root)
+    read, tries = registry.read_record, list[str]()
+
+    def read_late(place: Place) -> registry.Record:
+        if place.number == 2 and not tries:
+            tries.append(str(place))
+            with contextlib.suppress(BotError):
+                delete_version("mine@2", root, timeout_s=0)
+        return read(place)
+
+    monkeypatch.setattr(registry, "read_record", read_late)
+    assert (str(register(bot, root=root)) if look == "register" else verify_registry(root)) == ("mine@4" if look == "register" else {})
+    assert tries == ["mine@2"]
 
 
 def test_killed_at_any_moment_the_registry_stays_valid(tmp_path: Path) -> None:

@@ -228,8 +228,9 @@ def register(
     name = check_name(name or (found.version or source.resolve().name).partition("@")[0])
     manifest, needs = check_source(source)
     parent, digest = made_from(source, manifest)
-    known = {d: p.directory / f for p in version_places(root, name) for f, d in read_record(p).files.items()}
     try:
+        with locked(root, timeout_s):
+            known = {d: p.directory / f for p in version_places(root, name) for f, d in read_record(p).files.items()}
         with staging(root, timeout_s) as work:
             files = stage_files(source, work, known)
             if manifest is not None and (faults := verify_bot(work)):
@@ -281,9 +282,10 @@ def verify_registry(
     root, faults = root or registry_directory(), {}
     for place in all_places(root):
         try:
-            faults[str(place)] = verify_version(place)
+            found = verify_version(place)
         except BotError as exc:  # a damaged record is a fault like others, and does not hide them
-            faults[str(place)] = [str(exc)]
+            found = [str(exc)]
+        faults[str(place)] = found if place.exists() else []  # it may have been deleted meanwhile
     for name in registered_names(root):
         numbers = [place.number for place in version_places(root, name)]
         for alias, number in read_aliases(root, name)["aliases"].items():
