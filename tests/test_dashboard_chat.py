@@ -493,6 +493,10 @@ def test_administration_begins_without_a_bot(folder: Path, context: "BrowserCont
             page.get_by_role("button", name="Close this message").click()
             page.get_by_role("alert").wait_for(state="detached")
         there = enter(context, url, page="chat")  # by somebody else
+        for name in ("no-bot", "none-either", "nor-this"):  # refused at once; the button is there for the next
+            there.get_by_label("Open a bot").fill(name)
+            there.get_by_role("button", name="Open", exact=True).click()
+            there.get_by_role("alert").filter(has_text=name).wait_for()
         there.get_by_label("Open a bot").fill(str(folder / "bots" / "bob"))
         there.get_by_role("button", name="Open", exact=True).click()
         there.get_by_text("bob is open.").wait_for()

@@ -111,11 +111,8 @@ async def open_wanted(bots: Bots) -> None:
     wanted = (bots.reference.value_input or "").strip()  # what is seen, also before Enter
     if not wanted:
         raise RequestError("name the bot to open: one of the list, a path, or hf:OWNER/NAME")
-    bots.open.loading = True
-    try:
-        name = await open_bot(bots.desk, wanted)
-    finally:
-        bots.open.loading = False
+    bots.desk.tell(f"Opening {wanted}. Big bots take a while.", "info")  # `loading`, on and off at once, stays on
+    name = await open_bot(bots.desk, wanted)
     bots.refresh()
     bots.first.value = name
     if bots.opened:
