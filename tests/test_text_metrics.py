@@ -124,4 +124,5 @@ def test_what_is_no_number_is_not_significant(first: float, second: float, rows:
     assert math.isnan(found.p_value)
     assert not found.interval.known
     certain = figure_difference(lambda drawn: 0.0, lambda drawn: math.inf, 9)
-    assert (certain.interval.low, certain.p_value) == (math.inf, 2 / 1001)
+    assert certain.interval.low == math.inf
+    assert math.isnan(certain.p_value)  # the same in every resample

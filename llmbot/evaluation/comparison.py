@@ -108,8 +108,11 @@ def comparison_lines(
     if bare := ", ".join(name for name, d in found.differences.items() if not d.interval.known):
         why = "from one row alone none can be given" if found.rows == 1 else "in some resamples it is no number"
         notes.append(f"no interval and no p of the difference of {bare}: {why}")
-    if flat := ", ".join(name for name, d in found.differences.items() if d.interval.flat):
-        notes.append(f"no spread and no p of the difference of {flat}: {ALIKE}")
+    flat = {name: d for name, d in found.differences.items() if d.interval.flat}
+    if alike := ", ".join(name for name, d in flat.items() if not d.value):
+        notes.append(f"no spread of the difference of {alike}: {ALIKE}")
+    if apart_in_all := ", ".join(name for name, d in flat.items() if d.value):
+        notes.append(f"no spread and no p of the difference of {apart_in_all}: {ALIKE}")
     if any(name in LIKELIHOOD for name in found.differences):
         notes.append("of loss, perplexity and bits_per_byte less is better")
     notes += [f"{name}: first {value['first']}, second {value['second']}" for name, value in found.settings.items() if apart(value)]

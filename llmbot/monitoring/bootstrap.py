@@ -138,13 +138,13 @@ def figure_difference(
 ) -> Difference:
     """The paired bootstrap of second - first of any figure. Raises `ConfigError` without rows.
 
-    Of one row, and of what is no number in some resample, both interval and p-value are NaN; of what is alike in all, the p-value."""
+    Of one row, and of what is no number in some resample, both interval and p-value are NaN; of what is alike in all, but not 0, the p."""
     if not rows:
         raise ConfigError("a comparison needs rows")
     everything, moved = range(rows), [second(drawn) - first(drawn) for drawn in _drawn(rows, times, seed)]
     between = UNKNOWN if rows == 1 else percentiles(moved, confidence)
     fewer = min(sum(m <= 0 for m in moved), sum(m >= 0 for m in moved))
-    p_value = min(2 * (fewer + 1) / (times + 1), 1.0) if between.known and not between.flat else math.nan
+    p_value = min(2 * (fewer + 1) / (times + 1), 1.0) if between.known and not (between.flat and between.low) else math.nan
     return Difference(first(everything), second(everything), between, p_value, times)
 
 
