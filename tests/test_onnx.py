@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -234,6 +235,25 @@ def test_parameters_mean_what_they_mean_with_torch(home: Path) -> None:
         assert one.token_id == ids[place]
         assert one.logprob == pytest.approx(float(exact[place - 1, ids[place]]), abs=1e-3)
         assert one.top[0][1] == pytest.approx(float(exact[place - 1].max()), abs=1e-3)
+
+
+def test_a_form_is_compiled_beside_the_worker(home: Path) -> None:
+    "An expression that cannot be compiled is refused while the worker's thread does something else."
+
+    async def main() -> None:
+        backend, free = backend_of(home / "export"), threading.Event()
+        await backend.start()
+        assert backend._worker is not None
+        busy = asyncio.create_task(backend._worker.call(free.wait))
+        try:
+            with pytest.raises(RequestError, match="unclosed"):
+                await asyncio.wait_for(read(backend, prompt(3), constraint=Constraint("regex", "[a")), 30)
+        finally:
+            free.set()
+        await busy
+        await backend.stop()
+
+    asyncio.run(main())
 
 
 def test_closing_a_stream_frees_its_place_within_one_step(home: Path) -> None:

@@ -1,6 +1,7 @@
 """The continuous batcher: every answer is what it would be alone, whatever runs beside it."""
 
 import asyncio
+import threading
 from collections.abc import Sequence
 from contextlib import aclosing
 from pathlib import Path
@@ -22,7 +23,7 @@ from llmbot.serving.batcher import Batcher, Task
 from llmbot.serving.decoding import decode_steps, new_sampler
 from llmbot.serving.kv_blocks import BLOCK, SharedBlocks, blocks_for
 from llmbot.serving.paged_cache import PagedCache, cache_shape
-from llmbot.serving.sampling_params import Chunk, GenerationRequest, RequestError, SamplingParams
+from llmbot.serving.sampling_params import Chunk, Constraint, GenerationRequest, RequestError, SamplingParams
 from llmbot.serving.torch_backend import TorchBackend
 
 ANSWERS: dict[tuple[tuple[int, ...], int, int | None], list[int]] = {}  # given alone, kept: the same are asked for again and again
@@ -330,3 +331,26 @@ def test_fewer_bits_answer_in_a_batch_as_one_at_a_time(bot: LoadedBot, weights: 
         lost = logits.amax(dim=-1) - logits.gather(1, torch.tensor(answer)[:, None])[:, 0]
         assert float(lost.max()) <= most * float(logits.abs().max())
         assert float((lost == 0).float().mean()) >= 0.6
+
+
+def test_a_form_is_compiled_beside_the_worker(bot: LoadedBot) -> None:
+    "An expression that cannot be compiled is refused while the worker's thread does something else."
+    assert bot.path is not None
+    path = bot.path
+
+    async def main() -> None:
+        backend, free = backend_of(path), threading.Event()
+        await backend.start()
+        assert backend._worker is not None
+        busy = asyncio.create_task(backend._worker.call(free.wait))
+        try:
+            with pytest.raises(RequestError, match="unclosed"):
+                await asyncio.wait_for(read(backend, (5, 6), constraint=Constraint("regex", "[a")), 30)
+        finally:
+            free.set()
+        await busy
+        text = "".join(chunk.text for chunk in await read(backend, (5, 6), temperature=0, constraint=Constraint("regex", "yes|no")))
+        assert text in ("yes", "no")
+        await backend.stop()
+
+    asyncio.run(main())

@@ -19,6 +19,7 @@ import torch
 from ..core.errors import ServingError
 from .backends import BotSide, EngineDeadError, EngineLoad
 from .batcher import Result, Task
+from .constraints import Grammars
 from .decoding import decode_steps
 from .sampling_params import Chunk
 
@@ -264,8 +265,11 @@ def submitted(worker: Worker, task: Task) -> Iterator[Mailbox]:
 async def stream_task(
     worker: Worker,
     task: Task,
+    grammars: Grammars | None = None,  # the sampler's: a new constraint is compiled before the worker sees the task
 ) -> AsyncGenerator[Chunk, None]:
     "The chunks of a task; closing the generator cancels it before the next step. Raises the error that ends it."
+    if grammars is not None and (constraint := task.request.params.constraint) is not None:
+        await grammars.prepare(constraint)
     with submitted(worker, task) as box:
         while True:
             if isinstance(chunk := await box.get(), Chunk):

@@ -6,9 +6,11 @@
 __all__ = ['Matcher', 'Grammars']
 
 # %% ../../nbs/serving/310_constraints.ipynb #2d4fa192
+import asyncio
 import functools
 import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from ..core.errors import ServingError
@@ -70,6 +72,18 @@ def _grammar(constraint: Constraint) -> str:
         raise _refused(constraint, str(exc)) from exc
 
 # %% ../../nbs/serving/310_constraints.ipynb #62aba64e
+def _tokens_of(tokenizer: "PreTrainedTokenizerBase", vocab_size: int, stop_token_ids: list[int]) -> Any:
+    "A tokenizer as llguidance knows it. Raises `ServingError`."
+    from llguidance.hf import from_tokenizer
+
+    if not stop_token_ids:
+        raise ServingError("the bot has no stop token, so that no answer of a given form could end; give its tokenizer an eos_token")
+    try:
+        return from_tokenizer(tokenizer, n_vocab=max(vocab_size, len(tokenizer)), eos_token=stop_token_ids)
+    except ValueError as exc:
+        raise ServingError(f"this bot's tokenizer cannot be used for answers of a given form: {exc}") from exc
+
+# %% ../../nbs/serving/310_constraints.ipynb #c0ffee30
 class Grammars:
     "Compiles constraints for one tokenizer; the latest are kept. May be used by several threads."
 
@@ -80,7 +94,7 @@ class Grammars:
         stop_token_ids: Sequence[int],  # end an answer
     ) -> None:
         self._source, self._vocab_size, self._stop = tokenizer, vocab_size, list(stop_token_ids)
-        self._lock = threading.Lock()
+        self._lock, self._thread = threading.Lock(), ThreadPoolExecutor(1, "llmbot-constraints")
         self._kept: dict[Constraint, Any] = {}  # the latest last
 
     def matcher(self, constraint: Constraint) -> Matcher:
@@ -94,16 +108,14 @@ class Grammars:
                 del self._kept[next(iter(self._kept))]
         return Matcher(state.deep_copy(), constraint)
 
+    async def prepare(self, constraint: Constraint) -> None:
+        "Compile a constraint in a thread, those that are new one after another, so that `matcher` is quick afterwards. Raises as it does."
+        if constraint not in self._kept:
+            await asyncio.get_running_loop().run_in_executor(self._thread, self.matcher, constraint)
+
     @functools.cached_property
     def _tokenizer(self) -> Any:
-        from llguidance.hf import from_tokenizer
-
-        if not self._stop:
-            raise ServingError("the bot has no stop token, so that no answer of a given form could end; give its tokenizer an eos_token")
-        try:
-            return from_tokenizer(self._source, n_vocab=max(self._vocab_size, len(self._source)), eos_token=self._stop)
-        except ValueError as exc:
-            raise ServingError(f"this bot's tokenizer cannot be used for answers of a given form: {exc}") from exc
+        return _tokens_of(self._source, self._vocab_size, self._stop)
 
     def _compile(self, constraint: Constraint) -> Any:
         from llguidance import LLMatcher, LLParserLimits
@@ -112,6 +124,7 @@ class Grammars:
         with self._lock:
             tokenizer = self._tokenizer
         state = LLMatcher(tokenizer, grammar, log_level=0, limits=LLParserLimits(verbose_errors=False))
-        if state.is_error():
-            raise _refused(constraint, state.get_error())
+        first = Matcher(state.deep_copy(), constraint)
+        first._check()
+        first.mask()  # may take longer than all else, and copies share what it found
         return state

@@ -248,8 +248,8 @@ class OnnxEngine(OnWorker):
 
     async def start(self) -> None:
         caches = await asyncio.to_thread(load_onnx, self._bot.reference.location, self._settings, self._capacity)
-        sampler = BatchSampler(self._vocabulary, "cpu", Grammars(self.chat.tokenizer, self._vocabulary, self.chat.stop_token_ids))
-        self._runner = OnnxRunner(caches, sampler, self._settings.prefill_chunk)
+        self._grammars = Grammars(self.chat.tokenizer, self._vocabulary, self.chat.stop_token_ids)
+        self._runner = OnnxRunner(caches, BatchSampler(self._vocabulary, "cpu", self._grammars), self._settings.prefill_chunk)
         self._worker = Worker(self._runner, self.name)
 
 # %% ../../nbs/serving/335_onnx_backend.ipynb #2bb03e0f
@@ -265,4 +265,4 @@ class OnnxBackend(OnnxEngine):
         if (asked := len(request.prompt_ids) + request.params.max_new_tokens) > self._capacity:
             message = f"prompt and answer may take {asked} tokens, and engine.kv_cache_tokens is {self._capacity}"
             raise RequestError(f"{message}: ask for fewer, or raise it", param="max_new_tokens", code="kv_cache_exceeded")
-        return stream_task(worker, Task(request, self.chat))
+        return stream_task(worker, Task(request, self.chat), self._grammars)

@@ -289,6 +289,7 @@ class BatchSampler:
         device: torch.device | str,  # where the logits are
         grammars: Grammars | None = None,  # compiles constraints; None: requests that have one are refused
     ) -> None:
+        self.grammars = grammars
         self._requests, self._shared = _Requests(vocab_size, device, grammars), torch.Generator(device)
         self._shared.seed()
 

@@ -120,7 +120,7 @@ class TorchAnswers(TorchEngine):
         return worker, task
 
     def generate(self, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
-        return stream_task(*self._task(request))
+        return stream_task(*self._task(request), self._runner.sampler.grammars if isinstance(self._runner, Batcher) else None)
 
 # %% ../../nbs/serving/330_torch_backend.ipynb #fea7124b
 @register_backend("torch")
