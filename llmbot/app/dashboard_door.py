@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['FORM', 'POLICY', 'WHO', 'ADMIN', 'HOST', 'SignIns', 'form', 'foreign_origin', 'cookie_name', 'cookie_of', 'sign',
-           'Door', 'announced', 'visitor', 'guarded_send']
+           'while_signed_in', 'refuse', 'Door', 'announced', 'visitor', 'guarded_send']
 
 # %% ../../nbs/app/572_dashboard_door.ipynb #c9dafbeb
+import asyncio
 import re
 import secrets
 import time
@@ -35,7 +36,7 @@ class SignIns:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._keys, self._seconds, self._clock = keys, hours * 3600, clock
-        self._known: dict[str, tuple[Key, float]] = {}
+        self._known: dict[str, tuple[Key, float, asyncio.Event]] = {}  # token -> key, end, and what tells of a sign-out
 
     def sign_in(
         self,
@@ -48,17 +49,23 @@ class SignIns:
         now = self._clock()
         self._known = {token: known for token, known in self._known.items() if known[1] > now}
         token = secrets.token_urlsafe(32)
-        self._known[token] = key, now + self._seconds
+        self._known[token] = key, now + self._seconds, asyncio.Event()
         return token
 
     def find(self, token: str | None) -> Key | None:
         "Whose token it is; without one, who needs none."
-        key, until = self._known.get(token or "", (None, 0.0))
+        key, until, _ = self._known.get(token or "", (None, 0.0, None))
         return key if key is not None and until > self._clock() else self._keys.find("")
 
+    def end_of(self, token: str | None) -> tuple[asyncio.Event, float] | None:
+        "What is set when a token is signed out, and the seconds that it is good for; None where there is no such token."
+        known = self._known.get(token or "")
+        return known and (known[2], known[1] - self._clock())
+
     def sign_out(self, token: str | None) -> None:
-        "Forget a token."
-        self._known.pop(token or "", None)
+        "Forget a token, and end what has been let in with it."
+        if (known := self._known.pop(token or "", None)) is not None:
+            known[2].set()
 
 # %% ../../nbs/app/572_dashboard_door.ipynb #817481ab
 FORM = """<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>Sign in · llmbot</title>
@@ -141,6 +148,47 @@ async def sign(
     here.set_cookie(name, token, path="/", httponly=True, samesite="strict", secure=request.url.scheme == "https")
     return here
 
+# %% ../../nbs/app/572_dashboard_door.ipynb #c0ffee58
+def while_signed_in(
+    receive: Receive,
+    send: Send,
+    out: asyncio.Event,  # is set when the visitor signs out
+    seconds: float,  # that the sign-in is good for
+) -> tuple[Receive, Send]:  # for the application
+    "The two ends of a websocket, which is closed from here when its visitor is no longer signed in."
+    loop, closed = asyncio.get_running_loop(), False
+    end = loop.time() + seconds
+
+    async def received() -> Message:
+        nonlocal closed
+        reading, leaving = asyncio.ensure_future(receive()), asyncio.ensure_future(out.wait())
+        try:
+            await asyncio.wait({reading, leaving}, timeout=max(end - loop.time(), 0), return_when=asyncio.FIRST_COMPLETED)
+            if reading.done() and not out.is_set():
+                return reading.result()
+        finally:
+            reading.cancel()
+            leaving.cancel()
+        if not closed:
+            closed = True
+            await send({"type": "websocket.close", "code": 1008, "reason": "signed out"})
+        return {"type": "websocket.disconnect", "code": 1008}
+
+    async def sent(message: Message) -> None:
+        if not closed:
+            await send(message)
+
+    return received, sent
+
+# %% ../../nbs/app/572_dashboard_door.ipynb #c0ffee60
+async def refuse(scope: Scope, receive: Receive, send: Send, response: Response) -> None:
+    "Answer a request with `response`, and a websocket by closing it."
+    if scope["type"] == "http":
+        await response(scope, receive, send)
+        return
+    await receive()
+    await send({"type": "websocket.close", "code": 1008, "reason": "sign in first"})
+
 # %% ../../nbs/app/572_dashboard_door.ipynb #a1fef9db
 class Door:
     "Lets visitors in to the pages below `path`, and to the files that the pages are made of."
@@ -163,7 +211,7 @@ class Door:
         why = None if self._keys.asked_for else wrong_host(headers)
         why = why or (foreign_origin(headers) if scope["type"] == "websocket" or scope["method"] != "GET" else None)
         if why is not None:
-            await self._refuse(scope, receive, send, error_response(403, why, code="wrong_origin"))
+            await refuse(scope, receive, send, error_response(403, why, code="wrong_origin"))
             return
         guard = guarded_send(send, headers)
         if scope["path"].startswith(f"{self._path}/sign-"):
@@ -173,18 +221,15 @@ class Door:
         found = self._signed.find(cookie_of(headers)) if "authorization" not in headers else self._keys.find(credentials_of(headers))
         inside = scope["path"] == self._path or scope["path"].startswith(f"{self._path}/")
         if inside and found is None:
-            await self._refuse(scope, receive, guard, form(f"{self._path}/sign-in"))
+            await refuse(scope, receive, guard, form(f"{self._path}/sign-in"))
             return
-        await self.app(announced(scope, found), receive, guard)
-        if scope["type"] == "websocket":
-            self._left(scope)
-
-    async def _refuse(self, scope: Scope, receive: Receive, send: Send, response: Response) -> None:
         if scope["type"] == "http":
-            await response(scope, receive, send)
+            await self.app(announced(scope, found), receive, guard)
             return
-        await receive()
-        await send({"type": "websocket.close", "code": 1008, "reason": "sign in first"})
+        if (end := self._signed.end_of(cookie_of(headers))) is not None:
+            receive, guard = while_signed_in(receive, guard, *end)
+        await self.app(announced(scope, found), receive, guard)
+        self._left(scope)
 
 # %% ../../nbs/app/572_dashboard_door.ipynb #ce38b272
 def announced(
