@@ -189,8 +189,14 @@ def test_a_key_is_asked_for(team: str, context: "BrowserContext") -> None:
     message(page).wait_for()
     assert USER not in page.content()
     assert page.evaluate("document.cookie") == ""  # no script can read it
+    other = context.new_page()  # another tab of the same visitor
+    other.goto(url)
+    message(other).wait_for()
     page.get_by_role("button", name="Sign out").click()
     page.get_by_label("Key").wait_for()
+    expect(other.get_by_role("alert")).to_contain_text("The connection to the server is lost", timeout=60_000)
+    other.get_by_role("button", name="Reload").click()
+    other.get_by_label("Key").wait_for()
 
 
 def test_chat(team: str, context: "BrowserContext") -> None:
