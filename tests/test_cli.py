@@ -443,7 +443,8 @@ def test_a_conversation_in_a_terminal(home: Path, inside: Run) -> None:
 def test_ctrl_c_stops_an_answer_and_not_the_conversation(home: Path, babbler: Path) -> None:
     pexpect = pytest.importorskip("pexpect")
     term = pexpect.spawn(LLMBOT, ["chat", str(babbler), "--max-new-tokens", "4000", "--seed", "1"], cwd=str(home),
-                         env=ENV | {"TERM": "dumb"}, timeout=120, encoding="utf-8", echo=False)
+                         env=ENV | {"TERM": "dumb"}, timeout=120, encoding="utf-8", echo=False,
+                         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # ignored where the tests run in the background
     term.expect("> ")
     for _ in range(2):
         term.sendline("go")
