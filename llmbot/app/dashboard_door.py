@@ -59,8 +59,8 @@ class SignIns:
 
     def end_of(self, token: str | None) -> tuple[asyncio.Event, float] | None:
         "What is set when a token is signed out, and the seconds that it is good for; None where there is no such token."
-        known = self._known.get(token or "")
-        return known and (known[2], known[1] - self._clock())
+        known, now = self._known.get(token or ""), self._clock()
+        return (known[2], known[1] - now) if known is not None and known[1] > now else None
 
     def sign_out(self, token: str | None) -> None:
         "Forget a token, and end what has been let in with it."

@@ -66,10 +66,9 @@ async def named_as(
             async for chunk in chunks:
                 yield chunk
     except RequestError as exc:
-        if exc.param != "max_new_tokens" and "max_new_tokens" not in str(exc):
-            raise
-        param = limit if exc.param == "max_new_tokens" else exc.param
-        raise RequestError(str(exc).replace("max_new_tokens", limit), param=param, code=exc.code) from exc
+        exc.args = (str(exc).replace("max_new_tokens", limit),)
+        exc.param = limit if exc.param == "max_new_tokens" else exc.param
+        raise
 
 # %% ../../nbs/serving/374_openai_api.ipynb #b1a96ecd
 def streams_of(
