@@ -35,7 +35,7 @@ from llmbot.core.config_io import (
 )
 from llmbot.core.errors import ConfigError, LLMBotError
 from llmbot.core.own_settings import TRACKER_SETTINGS
-from llmbot.core.settings import STRICT, InvalidConfigError
+from llmbot.core.settings import NAMES_ELSEWHERE, STRICT, InvalidConfigError
 
 SCHEMA = config_schema()
 QUICK = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -333,6 +333,13 @@ def test_broken_files(content: bytes, message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as info:
         load_config(tmp_path / "r.yaml", env={})
     assert message in str(info.value)
+
+
+def test_names_of_other_trainers_are_known() -> None:
+    assert all(key in all_settings() for keys in NAMES_ELSEWHERE.values() for key in keys)
+    for key, meant in [("training.lr", "training.learning_rate"), ("data.path", "data.train"), ("model.path", "model.base")]:
+        with pytest.raises(ConfigError, match=f"{re.escape(key)}: unknown setting; did you mean '{re.escape(meant)}'"):
+            load_config(None, [f"{key}=1"], {})
 
 
 def test_missing_file_and_directory(tmp_path: Path) -> None:
