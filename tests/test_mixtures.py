@@ -156,7 +156,7 @@ def test_short_first_climbs(tmp_path: Path, packing: bool) -> None:
 def test_fingerprint_changes(tmp_path: Path) -> None:
     paths = write(tmp_path)
     ways: list[dict[str, Any]] = [{}, {"weights": [1, 1, 2]}, {"weights": [1, 2, 1]}, {"order": "as_given"}, {"order": "short_first"}]
-    assert len({fingerprint_of(DataConfig(train=paths, **way), CHAT, {}) for way in ways}) == len(ways)
+    assert len({fingerprint_of(DataConfig(train=paths, **way), CHAT, {}, {}) for way in ways}) == len(ways)
 
 
 def test_cache_keeps_the_mixture(tmp_path: Path) -> None:

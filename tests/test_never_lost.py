@@ -308,7 +308,7 @@ def test_a_streams_changed_file_is_refused(tmp_path: Path) -> None:
     first = train(cfg)
     shutil.rmtree(first.bot)
     write(tmp_path / "rows.jsonl", [*recipes.chats(), talk("new", "row")])
-    with pytest.raises(TrainingError, match="changed"):
+    with pytest.raises(TrainingError, match=r"data changed since .*\(another content: .*rows\.jsonl\)"):
         train(cfg, resume=True)
 
 
@@ -429,6 +429,17 @@ def test_a_run_that_diverges_stops_with_a_diagnosis(tmp_path: Path) -> None:
     assert any(word in text for text in facts["batches"][0]["input_ids"] for word in ("fish", "bird", "cat", "cow", "dog"))
     for checkpoint in checkpoints_in(run_dir / "checkpoints"):
         assert all(t.isfinite().all() for t in load_file(checkpoint / "model.safetensors").values())
+    assert f"{checkpoints_in(run_dir / 'checkpoints')[0].name} is from before and whole" in str(caught.value)
+
+
+def test_a_run_that_diverges_before_its_first_save_says_so(tmp_path: Path) -> None:
+    "There is nothing to resume, and nobody is sent to it."
+    wild = {"training.learning_rate": 1e4, "training.max_grad_norm": 0, "training.optimizer": "sgd", "training.max_steps": 60}
+    cfg = recipe(tmp_path, **wild, **{"training.warmup_steps": 0, "training.save_steps": 60})
+    with pytest.raises(TrainingError, match="No checkpoint was saved before") as caught:
+        train(cfg)
+    assert "--resume" not in str(caught.value)
+    assert checkpoints_in(run_directory(cfg.training.output_dir) / "checkpoints") == []
 
 
 def starve(patch: pytest.MonkeyPatch, fits: int) -> None:

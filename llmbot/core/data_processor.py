@@ -4,18 +4,16 @@
 
 # %% auto #0
 __all__ = ['BATCH_ROWS', 'SAMPLE_TOKENS', 'PREVIEW_ROWS', 'BUFFER', 'Books', 'documents_of', 'split_documents', 'answers_of',
-           'stats_of', 'sample_of', 'more_of', 'cache_root', 'ends_digest', 'fingerprint_of', 'stream_data',
-           'prepare_data']
+           'stats_of', 'sample_of', 'more_of', 'cache_root', 'fingerprint_of', 'stream_data', 'prepare_data']
 
 # %% ../../nbs/core/034_data_processor.ipynb #a853bfac
 import dataclasses
 import hashlib
 import itertools
 import json
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -26,7 +24,7 @@ from .chat import ChatFormat
 from .config import DataConfig
 from .data_examples import Fitted, Kind, UnusableRow, example_digest, examples_of, held_out, prompt_group
 from .data_formats import Example
-from .data_reader import find_sources, read_rows
+from .data_reader import find_sources, read_rows, source_digests
 from .data_report import AnswerStats, DataReport, Sample, SplitStats, Told, count_loss, length_histogram
 from .data_rows import Row, excerpt_of
 from .data_store import PreparedData, Splits, in_memory, load_entry, mix_entries, rows_of, store_entry
@@ -231,35 +229,19 @@ def cache_root(config: DataConfig) -> Path:
     return Path(config.cache_dir).expanduser() if config.cache_dir else Path(platformdirs.user_cache_dir("llmbot")) / "data"
 
 
-def ends_digest(
-    file: BinaryIO,  # open for reading
-) -> str:  # 64 hexadecimal digits
-    "A digest of a file's size and its first and last MiB: all that one wants to read of a stream's files to see that they are the same."
-    size = file.seek(0, os.SEEK_END)
-    file.seek(0)
-    first = file.read(2**20)
-    file.seek(max(0, size - 2**20))
-    return _sha256(str(size).encode(), first, file.read())
-
-
 def fingerprint_of(
     config: DataConfig,
     chat: ChatFormat,
     settings: dict[str, Any],  # everything else that decides: kind, limit, packing, seed
+    digests: dict[str, str],  # of the sources
 ) -> str:  # 64 hexadecimal digits
     "A digest of all that decides about prepared data: files, tokenizer, template, mask rule, settings, code."
-    digests = []
-    for name in [*find_sources(config.train).names, *(find_sources(config.validation).names if config.validation else [])]:
-        if name.startswith("hf:"):
-            digests.append(name)
-            continue
-        with open(name, "rb") as file:
-            digests.append(f"{name}:{ends_digest(file) if config.streaming else hashlib.file_digest(file, 'sha256').hexdigest()}")
     fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in ("cache_dir", "streaming")}
     files = [Path(str(module.__file__)) for module in (llmbot, *_CODE)]
     code = _sha256(*(file.read_bytes() for file in [*files, files[-1].with_name("data_processor.py")]))
     tokenizer = [chat.encoder.backend.to_str(), chat.tokenizer.special_tokens_map, chat.stop_token_ids, chat.bos_token_id]
-    return _sha256(json.dumps([digests, fields, settings, tokenizer, chat.template.source, code], sort_keys=True, default=str).encode())
+    parts = [list(digests.items()), fields, settings, tokenizer, chat.template.source, code]
+    return _sha256(json.dumps(parts, sort_keys=True, default=str).encode())
 
 # %% ../../nbs/core/034_data_processor.ipynb #48ccdc5d
 PREVIEW_ROWS = 10_000  # rows that the report and the validation data of a stream are made from
@@ -292,19 +274,18 @@ def _stream(config: DataConfig, chat: ChatFormat, kind: Kind, limit: int, packed
 
 
 def stream_data(
-    config: DataConfig, chat: ChatFormat, kind: Kind, limit: int, packed: bool, seed: int, settings: dict[str, Any]
+    config: DataConfig, chat: ChatFormat, kind: Kind, limit: int, packed: bool, seed: int, report: DataReport
 ) -> PreparedData:
-    "Prepare data that is read while training; see `prepare_data`."
+    "Prepare data that is read while training, and fill the report; see `prepare_data`."
     import datasets
 
     count = min(PREVIEW_ROWS, config.max_rows or PREVIEW_ROWS)
     preview = dataclasses.replace(config, streaming=False, max_rows=count)
-    report = DataReport(kind=kind, stop_token=chat.stop_token, settings=settings, partial=True)
     splits = _build(preview, chat, kind, limit, packed, seed, report, lambda rows: None)
     arguments = {"config": config, "chat": chat, "kind": kind, "limit": limit, "packed": packed, "seed": seed}
     train = datasets.IterableDataset.from_generator(_stream, gen_kwargs=arguments)
     report.warnings.append(f"streaming: the figures are of the first {count} rows, and exact duplicates are dropped from them only")
-    return PreparedData(train, in_memory(*splits["validation"], packed) if "validation" in splits else None, report, "")
+    return PreparedData(train, in_memory(*splits["validation"], packed) if "validation" in splits else None, report, report.fingerprint)
 
 # %% ../../nbs/core/034_data_processor.ipynb #d46ca461
 def _learned(config: DataConfig, chat: ChatFormat, books: Books, kind: Kind, limit: int) -> Iterator[Encoded]:
@@ -376,15 +357,15 @@ def prepare_data(
     settings = {"kind": kind, "max_seq_length": max_seq_length, "packing": packing, "seed": seed}
     also = ("train_on", "on_overlong", "validation_split", "order")
     shown: dict[str, Any] = settings | {name: getattr(config, name) for name in also}
-    fingerprint = fingerprint_of(config, chat, settings)
+    digests = source_digests([*config.train, *config.validation], ends=config.streaming)
+    report = DataReport(kind=kind, stop_token=chat.stop_token, settings=shown, digests=digests, partial=config.streaming)
+    report.fingerprint = fingerprint = fingerprint_of(config, chat, settings, digests)
     if config.streaming:
-        return dataclasses.replace(stream_data(config, chat, kind, max_seq_length, packing, seed, shown), fingerprint=fingerprint)
-    entry = cache_root(config) / fingerprint
-    cacheable = not any(name.startswith("hf:") for name in [*config.train, *config.validation])
+        return stream_data(config, chat, kind, max_seq_length, packing, seed, report)
+    entry, cacheable = cache_root(config) / fingerprint, not any(name.startswith("hf:") for name in digests)
     if cacheable and (found := load_entry(entry)):
         found.report.cached = True
         return found
-    report = DataReport(kind=kind, stop_token=chat.stop_token, settings=shown, fingerprint=fingerprint)
     splits = _build(config, chat, kind, max_seq_length, packing, seed, report, told)
     if cacheable:
         try:

@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['TEXT_BLOCK', 'READERS', 'Sources', 'find_sources', 'read_yaml', 'read_csv', 'read_parquet', 'read_text', 'read_hub',
-           'read_rows']
+           'read_rows', 'ends_digest', 'source_digests']
 
 # %% ../../nbs/core/020_data_reader.ipynb #bb60374b
 import csv
+import hashlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import yaml
 
@@ -265,3 +267,29 @@ def _read_all(names: Sequence[str], split: str) -> Iterator[Row]:
             yield from READERS[suffix_of(Path(name))](Path(name))
         except (OSError, EOFError) as exc:
             raise DataError(f"{name}: cannot be read: {exc}.") from exc
+
+# %% ../../nbs/core/020_data_reader.ipynb #6e2f80d7
+def ends_digest(
+    file: BinaryIO,  # open for reading
+) -> str:  # 64 hexadecimal digits
+    "A digest of a file's size and its first and last MiB."
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    first = file.read(2**20)
+    file.seek(max(0, size - 2**20))
+    return hashlib.sha256(b"%d " % size + first + file.read()).hexdigest()
+
+
+def source_digests(
+    names: Sequence[str],  # files, directories, `hf:OWNER/NAME`
+    ends: bool = False,  # read the ends of each file only
+) -> dict[str, str]:  # file or hub id, in reading order -> 64 hexadecimal digits; nothing for a hub id
+    "What the content of each source is known by; raises `DataError` like `find_sources`."
+    found = {}
+    for name in find_sources(names).names:
+        if name.startswith("hf:"):
+            found[name] = ""
+            continue
+        with open(name, "rb") as file:
+            found[name] = ends_digest(file) if ends else hashlib.file_digest(file, "sha256").hexdigest()
+    return found

@@ -135,6 +135,7 @@ class DataReport:
     mixture: list[MixturePart] = field(default_factory=list)  # with data.weights: what each entry brings
     settings: dict[str, Any] = field(default_factory=dict)  # max_seq_length, packing, train_on, on_overlong, seeds
     stop_token: str = ""
+    digests: dict[str, str] = field(default_factory=dict, repr=False)  # source -> what its content is known by; nothing for a hub id
     fingerprint: str = ""
     cached: bool = False  # taken from the cache
     partial: bool = False  # streaming: the figures are of the first rows only

@@ -120,7 +120,7 @@ def report_facts(
     report: DataReport,
 ) -> dict[str, Any]:  # plain values
     "The books of the data, without any text of its rows."
-    facts = {key: value for key, value in dataclasses.asdict(report).items() if key not in ("samples", "sources", "ignored")}
+    facts = {key: value for key, value in dataclasses.asdict(report).items() if key not in ("samples", "sources", "digests", "ignored")}
     for lost in ("dropped", "changed"):
         facts[lost] = {reason: loss["count"] for reason, loss in facts[lost].items()}
     return facts

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LENGTH', 'MAY_CHANGE', 'LAYOUT', 'base_facts', 'same_base', 'run_record', 'read_record', 'global_batch',
-           'changed_settings', 'refuse_other_work', 'check_resume']
+           'changed_settings', 'layout_for', 'changed_files', 'refuse_other_work', 'check_resume']
 
 # %% ../../nbs/training/207_same_run.ipynb #70d1c2b3
 import hashlib
@@ -15,6 +15,7 @@ from typing import Any
 from ..core.bot import bot_digest, file_digest
 from ..core.config import Config
 from ..core.config_io import to_dict
+from ..core.data_report import DataReport
 from ..core.errors import TrainingError
 from ..core.model_card import digest_of
 from ..core.model_manager import commit_of, load_bot
@@ -53,7 +54,7 @@ def same_base(
 # %% ../../nbs/training/207_same_run.ipynb #7cdcd8f5
 def run_record(
     cfg: Config,  # of this start
-    data_fingerprint: str,  # of the prepared data
+    data: DataReport,  # of the prepared data
     tokenizer: Any,  # with its chat template
 ) -> dict[str, Any]:  # plain values, for `run.json`
     "What a run must have in common with the one that it resumes."
@@ -63,8 +64,8 @@ def run_record(
     own = OWN_SETTINGS["method"].made(cfg.training.method, cfg.method)
     method = {} if own is None else {name: getattr(own, name) for name in type(own).__pydantic_fields__}
     base = base_facts(cfg) if cfg.model.base and is_main() else None
-    record = {"config": to_dict(cfg) | {"method": method}, "data": data_fingerprint, "tokenizer": digest, "processes": world_size()}
-    return dict(json.loads(json.dumps(record | {"base": base}, default=str)))
+    record = {"config": to_dict(cfg) | {"method": method}, "data": data.fingerprint, "files": data.digests, "tokenizer": digest}
+    return dict(json.loads(json.dumps(record | {"processes": world_size(), "base": base}, default=str)))
 
 
 def read_record(
@@ -74,7 +75,7 @@ def read_record(
     path = run_dir / "run.json"
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        missing = {"config", "data", "tokenizer", "processes", "base"} - set(record)
+        missing = {"config", "data", "files", "tokenizer", "processes", "base"} - set(record)
     except (OSError, ValueError, TypeError) as exc:
         raise TrainingError(f"{path} cannot be read ({exc}), and without it nobody knows what the run began with. "
                             "Put it back, or start anew in another output directory.") from exc
@@ -108,6 +109,33 @@ def changed_settings(
         found |= {f"{section}.{key}": f"{old.get(key)!r} then, {new.get(key)!r} now" for key in differ}
     return found
 
+# %% ../../nbs/training/207_same_run.ipynb #5c0e9b72
+def layout_for(
+    then: dict[str, Any],  # the record of the first start
+    processes: int,  # of this one
+) -> str:  # what to do, for a person
+    "How so many processes make the global batch that the run began with, in micro-batches that are no larger."
+    each, rest = divmod(global_batch(then), processes)
+    if rest:
+        return f"Resume with {then['processes']}, or another number that divides {global_batch(then)}."
+    rows = next(n for n in range(min(each, then["config"]["training"]["per_device_batch_size"]), 0, -1) if each % n == 0)
+    return (f"Set training.per_device_batch_size={rows} and training.gradient_accumulation_steps={each // rows}: "
+            f"{rows} x {each // rows} x {processes} is {global_batch(then)}.")
+
+
+def changed_files(
+    then: dict[str, str],  # source -> digest of its content, when the run began
+    now: dict[str, str],  # now
+) -> str:  # for a person
+    "The files that are others, gone or new; with none of them it is llmbot that changed."
+    other = {
+        "another content": [name for name in now if name in then and now[name] != then[name]],
+        "gone": [name for name in then if name not in now],
+        "new": [name for name in now if name not in then],
+    }
+    told = [f"{what}: {', '.join(names)}" for what, names in other.items() if names]
+    return "; ".join(told) or "no file did, so it is llmbot's way of preparing them"
+
 # %% ../../nbs/training/207_same_run.ipynb #ab9ba515
 def refuse_other_work(
     then: dict[str, Any],  # the record of the first start
@@ -115,17 +143,18 @@ def refuse_other_work(
     run_dir: Path,  # of the run, to be named
 ) -> None:
     "Refuse another global batch, other data, another tokenizer or base. Raises `TrainingError`."
-    rows, before = global_batch(now), global_batch(then)
-    if rows != before:
-        raise TrainingError(f"The run in {run_dir} makes a step of {before} rows ({then['processes']} processes), and this start would "
-            f"make one of {rows} ({now['processes']} processes). Choose gradient_accumulation_steps so that their product is {before}.")
     if now["processes"] != then["processes"] and then["config"]["training"]["strategy"].startswith("zero"):
         raise TrainingError(f"The checkpoints of {run_dir} are in {then['processes']} parts, one for each process of DeepSpeed, and this "
             f"start has {now['processes']} processes. Resume with {then['processes']}.")
-    for key, what in (("tokenizer", "tokenizer, or its chat template,"), ("data", "data")):
-        if now[key] != then[key]:
-            raise TrainingError(f"The {what} changed since the run in {run_dir} began, or llmbot and its way of preparing it did. "
-                "Restore what was, or start anew in another output directory.")
+    rows, before = global_batch(now), global_batch(then)
+    if rows != before:
+        raise TrainingError(f"The run in {run_dir} makes a step of {before} rows ({then['processes']} processes), and this start would "
+                            f"make one of {rows} ({now['processes']} processes). {layout_for(then, now['processes'])}")
+    back = "Restore what was, or start anew in another output directory."
+    if now["tokenizer"] != then["tokenizer"]:
+        raise TrainingError(f"The tokenizer, or its chat template, changed since the run in {run_dir} began. {back}")
+    if now["data"] != then["data"]:
+        raise TrainingError(f"The data changed since the run in {run_dir} began ({changed_files(then['files'], now['files'])}). {back}")
     if now["base"]:
         same_base(then["base"], now["base"], run_dir)
 
@@ -139,10 +168,8 @@ def check_resume(
     found = changed_settings(then, now)
     kinds = {key: key.partition(".")[2] for key in found}
     if differ := [f"{key}: {values}" for key, values in found.items() if kinds[key] not in MAY_CHANGE | LAYOUT]:
-        raise TrainingError(
-            f"The run in {run_dir} began with other settings, so it cannot go on with these:\n  " + "\n  ".join(differ)
-            + "\nResume with the old settings, or start anew in another output directory."
-        )
+        raise TrainingError(f"The run in {run_dir} began with other settings, so it cannot go on with these:\n  " + "\n  ".join(differ)
+                            + "\nResume with the old settings, or start anew in another output directory.")
     refuse_other_work(then, now, run_dir)
     adapted = [f"{key} {values}" for key, values in found.items() if kinds[key] in LAYOUT]
     adapted += [f"{then['processes']} processes then, {now['processes']} now"] if now["processes"] != then["processes"] else []

@@ -207,7 +207,7 @@ def prepare_run(
         console.print(f"[yellow]data:[/] {warning}", highlight=False)
     report.raise_if_fatal()
     check_evaluation(cfg, data)
-    record = run_record(cfg, data.fingerprint, tokenizer)
+    record = run_record(cfg, data.report, tokenizer)
     for note in check_resume(record, run_dir) if resume else []:
         console.print(note, highlight=False)
     set_seed(cfg.training.seed)
