@@ -19,6 +19,8 @@ from test_resources import driver
 from tiny_bots import make_bot
 
 from llmbot.app.cli import main
+from llmbot.app.cli_bots import list_
+from llmbot.app.dashboard_models import versions_html
 from llmbot.core import registry
 from llmbot.core.adapters import merge_bot
 from llmbot.core.bot import Manifest, bot_digest, read_manifest, resolve_reference, verify_bot, write_manifest
@@ -32,7 +34,7 @@ from llmbot.core.lineage import lineage
 from llmbot.core.model_manager import find_base, load_bot
 from llmbot.core.registry import delete_version, gc, read_record, register, verify_registry
 from llmbot.core.registry_aliases import alias_history, promote
-from llmbot.core.registry_layout import Place, find_version, read_aliases, version_places
+from llmbot.core.registry_layout import Place, find_version, places_with_digest, read_aliases, version_places
 from llmbot.monitoring.mlflow_models import pull_from_mlflow
 from llmbot.serving.api_server import running_server
 from llmbot.serving.decoding import ask
@@ -137,6 +139,58 @@ def test_a_version_that_goes_meanwhile_is_no_damage(look: str, tmp_path: Path, m
     monkeypatch.setattr(registry, "read_record", read_late)
     assert (str(register(bot, root=root)) if look == "register" else verify_registry(root)) == ("mine@4" if look == "register" else {})
     assert tries == ["mine@2"]
+
+
+LOOKS: dict[str, Callable[[Path, Path], object]] = {
+    "alias": lambda bot, root: find_version("mine@production", root),
+    "verify": lambda bot, root: verify_registry(root) or "sound",
+    "lineage": lambda bot, root: lineage(bot, root).children,
+    "digest": lambda bot, root: places_with_digest(bot_digest(bot), root),
+    "history": lambda bot, root: alias_history("mine", root),
+    "list": lambda bot, root: list_("mine", as_json=True),
+    "dashboard": lambda bot, root: versions_html("mine", root),
+}
+
+
+@pytest.mark.parametrize("look", LOOKS)
+def test_who_reads_takes_no_harm_from_who_writes(look: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    "Between any two looks at the disk, another process registers a version, moves the alias to it, and deletes the one before."
+    bot, root = fake_bot(tmp_path / "mine"), tmp_path / "registry"
+    monkeypatch.setenv("LLMBOT_REGISTRY", str(root))
+    promote(str(register(bot, root=root)), root=root)
+    read, exists = Path.read_text, Path.is_file
+    calls, turn = list[str](), list[int]()
+
+    def writes(path: Path) -> None:
+        calls.append(path.name)
+        if len(calls) != turn[0] or root not in path.parents:
+            return
+        place = register(bot, root=root)
+        promote(str(place), root=root)
+        delete_version(f"mine@{place.number - 1}", root)
+
+    def late(path: Path, *args: Any, **kwargs: Any) -> str:
+        writes(path)
+        return read(path, *args, **kwargs)
+
+    def later(path: Path) -> bool:
+        found = exists(path)
+        writes(path)
+        return found
+
+    for moment in range(1, 60):
+        calls.clear()
+        turn[:] = [moment]
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "read_text", late)
+            patch.setattr(Path, "is_file", later)
+            found = LOOKS[look](bot, root)
+        said = capsys.readouterr()
+        assert look != "verify" or found == "sound", (moment, calls, found)
+        assert "damaged\": []" in said.out or look != "list", (moment, said.out)
+        if len(calls) < moment:
+            return
+    raise AssertionError("there were more moments than were tried")
 
 
 def test_killed_at_any_moment_the_registry_stays_valid(tmp_path: Path) -> None:

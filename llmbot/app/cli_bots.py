@@ -39,7 +39,7 @@ def version_facts(place: Place) -> dict[str, Any]:
     "What a list says about a version."
     record, known = read_record(place), bot_facts(place.directory).facts
     aliases = [alias for alias, number in read_aliases(place.root, place.name)["aliases"].items() if number == place.number]
-    aliases += ["latest"] if place == version_places(place.root, place.name)[-1] else []
+    aliases += ["latest"] if [place] == version_places(place.root, place.name)[-1:] else []
     return {"version": str(place), "aliases": aliases, "method": known["method"], "registered": record.registered, "by": record.by,
             "bytes": record.size, "digest": record.digest, "parent": record.parent, "note": record.note, "license": known["license"],
             "metrics": known["metrics"], "path": str(place.directory)}
@@ -60,13 +60,14 @@ def readable(
     things: Iterable[T],
     damaged: list[str],  # gets the messages
 ) -> list[tuple[T, R]]:
-    "What can be read of each thing; one that is damaged does not hide the others."
+    "What can be read of each thing; one that is damaged does not hide the others, and a version that was deleted meanwhile is none."
     found = []
     for thing in things:
         try:
             found.append((thing, read(thing)))
-        except BotError as exc:
-            damaged.append(str(exc))
+        except (BotError, OSError) as exc:
+            if not isinstance(thing, Place) or thing.exists():
+                damaged.append(str(exc))
     return found
 
 # %% ../../nbs/app/530_cli_bots.ipynb #ea668de4

@@ -24,7 +24,8 @@ from ..core.lineage import lineage
 from ..core.model_card import shown as figure_text
 from ..core.registry import delete_version, read_record, register, verify_version
 from ..core.registry_aliases import alias_history, promote, rollback
-from ..core.registry_layout import Place, find_version, read_aliases, registered_names, registry_directory, version_places
+from ..core.registry_layout import Place, find_version, read_aliases, read_each, registered_names, registry_directory
+from ..core.registry_layout import version_places
 
 # %% ../../nbs/app/583_dashboard_models.ipynb #7594f4f0
 LEAD = "Registered versions never change. An alias such as production means one of them, and can go back."
@@ -38,8 +39,8 @@ def versions_html(
 ) -> str:
     "The versions of a bot, the newest first."
     aliases, rows = read_aliases(root, name)["aliases"], []
-    for place in reversed(version_places(root, name)):
-        record, facts = read_record(place), bot_facts(place.directory).facts
+    found = read_each(reversed(version_places(root, name)), lambda place: (read_record(place), bot_facts(place.directory).facts))
+    for place, (record, facts) in found:
         meant = ", ".join(alias for alias, number in aliases.items() if number == place.number)
         figures = "; ".join(f"{key}: {figure_text(value)}" for key, value in list(facts["metrics"].items())[:6])
         rows.append([str(place), meant, facts["method"] or "", figures, record.size, record.registered[:16].replace("T", " "), record.note])

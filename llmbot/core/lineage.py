@@ -16,7 +16,7 @@ from .bot import Manifest, bots_directory, is_bot, read_manifest
 from .bot_facts import bot_facts, manifest_of
 from .model_card import EXPORT_METHOD, digest_of
 from .registry import parent_digests, read_record
-from .registry_layout import Place, all_places, read_aliases, registry_directory
+from .registry_layout import Place, all_places, read_aliases, read_each, registry_directory
 
 if TYPE_CHECKING:
     from rich.tree import Tree
@@ -135,8 +135,8 @@ class Walk:
         root: Path,  # the registry
     ) -> None:
         self.seen, self.places = set[str](), dict[str, list[Place]]()
-        for place in all_places(root):
-            self.places.setdefault(read_record(place).digest, []).append(place)
+        for place, record in read_each(all_places(root), read_record):
+            self.places.setdefault(record.digest, []).append(place)
 
     def find(
         self,
@@ -197,5 +197,5 @@ def lineage(
         node = walk.version("", known.place)
     else:
         node = walk.bot(Node("outside", str(known.directory), digest=known.digest), known.directory)
-    children = [str(place) for place in all_places(root) if known.digest in parent_digests(place)]
+    children = [str(place) for place, parents in read_each(all_places(root), parent_digests) if known.digest in parents]
     return Lineage(node, tuple(children))

@@ -26,8 +26,8 @@ from .bot import is_adapter, is_export, read_manifest, resolve_reference, storag
 from .errors import BotError
 from .evaluations import SUFFIX, evaluations_file
 from .recipe import move_over, write_flushed
-from .registry_layout import ALIASES, REGISTRY_SCHEMA, Place, all_places, check_name, find_version, places_with_digest
-from .registry_layout import read_aliases, read_json, registered_names, registry_directory, version_places
+from .registry_layout import ALIASES, REGISTRY_SCHEMA, Place, alias_target, all_places, check_name, find_version
+from .registry_layout import places_with_digest, read_aliases, read_json, registered_names, registry_directory, version_places
 
 # %% ../../nbs/core/060_registry.ipynb #595ba461
 def write_json(
@@ -283,13 +283,13 @@ def verify_registry(
     for place in all_places(root):
         try:
             found = verify_version(place)
-        except BotError as exc:  # a damaged record is a fault like others, and does not hide them
+        except (BotError, OSError) as exc:  # what cannot be read is a fault like others, and does not hide them
             found = [str(exc)]
         faults[str(place)] = found if place.exists() else []  # it may have been deleted meanwhile
     for name in registered_names(root):
-        numbers = [place.number for place in version_places(root, name)]
-        for alias, number in read_aliases(root, name)["aliases"].items():
-            faults[f"{name}@{alias}"] = [] if number in numbers else [f"means version {number}, which is not there"]
+        for alias in read_aliases(root, name)["aliases"]:
+            number, there = alias_target(root, name, alias)
+            faults[f"{name}@{alias}"] = [] if there or number is None else [f"means version {number}, which is not there"]
     return {key: found for key, found in faults.items() if found}
 
 # %% ../../nbs/core/060_registry.ipynb #96cab6e3

@@ -19,7 +19,8 @@ from .errors import BotError, ConfigError
 from .evaluations import known_metrics
 from .model_card import about, shown
 from .registry import locked, now, read_record, whoami, write_json
-from .registry_layout import ALIASES, LATEST, Place, check_name, find_version, read_aliases, registry_directory, version_places
+from .registry_layout import ALIASES, LATEST, Place, check_name, find_version, read_aliases, read_each
+from .registry_layout import registry_directory, version_places
 
 # %% ../../nbs/core/061_registry_aliases.ipynb #5b3dcd7b
 COMPARE = {">=": operator.ge, "<=": operator.le, "==": operator.eq, ">": operator.gt, "<": operator.lt}
@@ -173,7 +174,7 @@ def latest_history(
     name: str,  # of a bot in it
 ) -> list[dict[str, Any]]:  # as `alias_history`
     "How `latest` moved: with each version that was registered, and back when the newest one was deleted."
-    records = [read_record(place) for place in version_places(root, name)]
+    records = [record for _, record in read_each(version_places(root, name), read_record)]
     there = {record.number for record in records}
     gone = [entry for entry in read_aliases(root, name)["deleted"] if entry["version"] not in there]
     events = [(record.registered, record.number, "register", record.by) for record in records]
