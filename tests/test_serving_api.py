@@ -527,6 +527,33 @@ def test_deadline(bots: list[str]) -> None:
     GatedBackend.gate.set()
 
 
+@pytest.mark.parametrize(("path", "count"), [("/generate", 1), ("/v1/completions", 1), ("/v1/completions", 8)])
+def test_a_client_that_does_not_read_has_its_places_no_longer_than_others(bots: list[str], path: str, count: int) -> None:
+    "Its answers stand still because a write blocks, so that no wait for a token sees the deadline."
+    body = {"prompt": "Once", "stream": True} | ({"n": count} if count > 1 else {})
+
+    async def send(message: Any) -> None:
+        if message["type"] == "http.response.body":
+            await asyncio.Event().wait()  # the buffers of the socket are full
+
+    async def main() -> None:
+        app = create_app(config(bots[:1], backend="gated", max_new_tokens=900, request_timeout_s=0.5, ping_s=0.1))
+        bodies = [{"type": "http.request", "body": json.dumps(body).encode()}]
+
+        async def receive() -> Any:
+            return bodies.pop() if bodies else await asyncio.Event().wait()
+
+        headers = [(b"host", b"127.0.0.1"), (b"content-type", b"application/json")]
+        scope = {"type": "http", "method": "POST", "path": path, "raw_path": path.encode(), "query_string": b"", "headers": headers}
+        async with app.router.lifespan_context(app):
+            await asyncio.wait_for(app(scope | {"client": ("127.0.0.1", 1), "scheme": "http"}, receive, send), 20)
+
+    GatedBackend.gate.set()
+    GatedBackend.ended.clear()
+    asyncio.run(main())
+    assert len(GatedBackend.ended) == count
+
+
 def test_a_server_that_stops_says_so_while_running_answers_end(bots: list[str]) -> None:
     GatedBackend.gate.set()
     block = running_server(config(bots[:1], backend="gated"), grace_s=60)

@@ -248,3 +248,8 @@ def test_a_stream_is_closed_that_has_not_begun(leaves: bool) -> None:
 def test_a_client_that_stays_and_reads_nothing_is_given_up() -> None:
     "Otherwise it would keep its place in the engine for as long as it likes."
     assert asyncio.run(ends_unread(leaves=False, ping_s=0.01, patience_s=0.01))
+
+
+def test_past_its_deadline_it_is_given_up_at_once() -> None:
+    "A deadline is told to whoever asks for the next chunk; this client asks for none."
+    assert asyncio.run(ends_unread(leaves=False, ping_s=0.01, deadline=0.0))

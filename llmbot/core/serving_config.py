@@ -63,7 +63,8 @@ class ServingLimits:
                                 description="Requests that may wait; above that they are refused with 503")
     max_queue_tokens: Size | None = Field(default=None, json_schema_extra=MUTABLE,
                                           description="Prompt and answer tokens that waiting requests may ask for together; unset: any")
-    request_timeout_s: float = Field(default=120, gt=0, json_schema_extra=MUTABLE, description="Seconds for an answer, waiting included")
+    request_timeout_s: float = Field(default=120, gt=0, json_schema_extra=MUTABLE,
+                                     description="Seconds for an answer, waiting and a slow reader included")
     stall_timeout_s: float = Field(default=60, gt=0, json_schema_extra=MUTABLE,
                                    description="Seconds without a token from any running request after which the engine is restarted")
     max_new_tokens: Size = Field(default=256, json_schema_extra=MUTABLE, description="Length of an answer, unless asked for")

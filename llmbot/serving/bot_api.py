@@ -183,7 +183,8 @@ async def answer(
 
     chunks = server.stream(prompt, bot.name, asked.params(asked.max_new_tokens), name, request.state.key)
     answered = kept(chunks, turn) if turn else chunks
-    return await respond(request, answered, asked.stream, body, frames, server.bots.serving.ping_s)
+    serving = server.bots.serving
+    return await respond(request, answered, asked.stream, body, frames, serving.ping_s, serving.request_timeout_s)
 
 # %% ../../nbs/serving/380_bot_api.ipynb #042f8e68
 def bot_router(

@@ -10,6 +10,7 @@ __all__ = ['MAX_PARAMETERS', 'StopString', 'DONE', 'PING', 'STREAMS', 'Item', 'T
 # %% ../../nbs/serving/364_http_exchange.ipynb #400d4ae3
 import asyncio
 import json
+import math
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator
 from contextlib import aclosing
@@ -100,13 +101,14 @@ async def keep_alive(
     ping_s: float,
     patience: asyncio.Timeout,  # of the response
     patience_s: float,  # seconds that a ping may wait to be written
+    deadline: float,  # of the request, on the event loop's clock; after it a ping does not wait
 ) -> None:
     "Send a `PING` after each silence of `ping_s` seconds, and let `patience` run out where it cannot be; runs until it is cancelled."
     loop = asyncio.get_running_loop()
     while True:
         silence = time.monotonic() - sent()
         if silence >= ping_s:
-            patience.reschedule(loop.time() + patience_s)
+            patience.reschedule(min(loop.time() + patience_s, max(loop.time(), deadline)))
             await send({"type": "http.response.body", "body": PING, "more_body": True})
             patience.reschedule(None)
         await asyncio.sleep(max(ping_s - silence, 0.001) if silence < ping_s else ping_s)
@@ -165,9 +167,11 @@ class EventStream(EventSourceResponse, Generic[Item]):
         frames: Callable[[Item], Iterable[dict[str, Any] | bytes]],  # the events of one chunk: as JSON, or ready to be sent
         ping_s: float = 15.0,  # seconds of silence after which a comment is sent
         patience_s: float = 60.0,  # seconds after which a client that takes nothing is given up, as in nginx
+        deadline: float = math.inf,  # of the request, on the event loop's clock; after it such a client is not waited for
     ) -> None:
         super().__init__(events_of(first, chunks, frames), headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
-        self._chunks, self._ping_s, self._patience_s, self._sent = chunks, ping_s, patience_s, time.monotonic()
+        self._chunks, self._ping_s, self._patience_s, self._deadline = chunks, ping_s, patience_s, deadline
+        self._sent = time.monotonic()
         self._awaited: list[asyncio.Task[Item]] = [first] if isinstance(first, asyncio.Task) else []
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -178,7 +182,7 @@ class EventStream(EventSourceResponse, Generic[Item]):
                 await send(message)
                 self._sent = time.monotonic()
 
-        pings = asyncio.create_task(keep_alive(noted, lambda: self._sent, self._ping_s, patience, self._patience_s))
+        pings = asyncio.create_task(keep_alive(noted, lambda: self._sent, self._ping_s, patience, self._patience_s, self._deadline))
         try:
             async with patience, aclosing(self._chunks):
                 try:
@@ -186,7 +190,7 @@ class EventStream(EventSourceResponse, Generic[Item]):
                 finally:  # chunks that are waited for cannot be closed
                     await ended(*self._awaited)
         except TimeoutError:
-            logger.info("a client took nothing of its stream for %g seconds and is given up", self._patience_s)
+            logger.info("a client took nothing of its stream for %.3g seconds and is given up", time.monotonic() - self._sent)
         finally:
             await ended(pings)
 
@@ -255,12 +259,14 @@ async def respond(
     body: Callable[[Chunk], dict[str, Any]],  # the JSON of a whole answer
     frames: Callable[[Chunk], Iterable[dict[str, Any]]],  # the events of one chunk
     ping_s: float = 15.0,  # seconds of silence on a stream after which a comment is sent
+    timeout_s: float = math.inf,  # seconds that the answer may take
 ) -> Response:
     "Answer a request, whole or as events. A refusal that comes within `ping_s` seconds is raised, and so gets its own status."
     if not stream:
         whole = await unless_disconnected(request, whole_answer(chunks))
         return await json_reply(lambda: body(whole))
-    return EventStream(await first_of(request, chunks, ping_s), chunks, frames, ping_s)
+    deadline = asyncio.get_running_loop().time() + timeout_s
+    return EventStream(await first_of(request, chunks, ping_s), chunks, frames, ping_s, deadline=deadline)
 
 
 async def first_of(

@@ -105,8 +105,10 @@ async def reply(
     if not asked.stream:
         answers = await unless_disconnected(request, whole_answers(chunks, len(streams)))
         return await json_reply(lambda: writer.body(answers))
-    ping_s = server.bots.serving.ping_s
-    return EventStream(await first_of(request, chunks, ping_s), chunks, writer.frames, ping_s)
+    serving = server.bots.serving
+    deadline = asyncio.get_running_loop().time() + serving.request_timeout_s
+    first = await first_of(request, chunks, serving.ping_s)
+    return EventStream(first, chunks, writer.frames, serving.ping_s, deadline=deadline)
 
 # %% ../../nbs/serving/374_openai_api.ipynb #af4ceda8
 def fingerprint(
