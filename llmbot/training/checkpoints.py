@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CONTENTS', 'STAGING', 'KEPT_FILES', 'file_facts', 'seal', 'checkpoint_fault', 'checkpoints_in', 'latest_checkpoint',
-           'resume_point', 'version_notes', 'keep_json', 'Progress', 'RunFiles', 'publish', 'could_not_write', 'Staged',
-           'CompleteCheckpoints']
+           'resume_point', 'version_notes', 'keep_json', 'Progress', 'RunFiles', 'publish', 'could_not_write',
+           'why_not_written', 'Staged', 'CompleteCheckpoints']
 
 # %% ../../nbs/training/206_checkpoints.ipynb #11b4bf8f
 import json
@@ -211,12 +211,27 @@ def publish(
     flush_to_disk(staging.parent, files=False)
     return final
 
-
+# %% ../../nbs/training/206_checkpoints.ipynb #8ab5e7d2
 def could_not_write(
     error: Exception,  # raised while a checkpoint was written
 ) -> bool:
     "Whether it is about the disk: torch's writer says so in a RuntimeError."
     return isinstance(error, OSError | SafetensorError) or "PytorchStreamWriter" in str(error) or "unexpected pos" in str(error)
+
+
+def why_not_written(
+    error: Exception,  # about the disk
+    staging: Path,  # where a checkpoint was being written
+) -> str:  # for a person
+    "What the system says; where torch hid it, by going on to write the file at which it stopped."
+    files = [p for p in staging.rglob("*") if not p.is_dir()]
+    if isinstance(error, RuntimeError) and files:
+        try:
+            with open(max(files, key=lambda p: p.stat().st_mtime_ns), "ab") as file:
+                file.write(bytes(2**20))
+        except OSError as exc:
+            return storage_reason(exc)
+    return storage_reason(error)
 
 # %% ../../nbs/training/206_checkpoints.ipynb #304c30a7
 class Staged(Progress):
@@ -277,10 +292,11 @@ class CompleteCheckpoints(Staged):
         except (OSError, SafetensorError, RuntimeError) as exc:
             if not could_not_write(exc):
                 raise
+            why = why_not_written(exc, root / STAGING)
             shutil.rmtree(root / STAGING, ignore_errors=True)
             first = not checkpoints_in(root)
             rest = "There is no earlier one: --resume begins anew" if first else "Earlier ones are whole: go on with --resume"
-            raise TrainingError(f"Cannot write a checkpoint to {root}: {storage_reason(exc)}. {rest}.") from exc
+            raise TrainingError(f"Cannot write a checkpoint to {root}: {why}. {rest}.") from exc
         finally:
             self.staging = None
 
