@@ -443,6 +443,24 @@ def test_a_run_that_diverges_before_its_first_save_says_so(tmp_path: Path) -> No
     assert checkpoints_in(run_directory(cfg.training.output_dir) / "checkpoints") == []
 
 
+def test_a_weight_that_is_no_number_is_told_with_its_step(tmp_path: Path) -> None:
+    "Found when the step is over and is to be saved; its rows, and no others, are kept."
+    from transformers import TrainerCallback
+
+    class Poison(TrainerCallback):
+        def on_step_end(self, args: object, state: object, control: object, model: torch.nn.Module, **kwargs: object) -> None:
+            if state.global_step == 3:  # type: ignore[attr-defined]
+                next(model.parameters()).data.fill_(torch.nan)
+
+    cfg = recipe(tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        watched(patch, Poison())
+        with pytest.raises(TrainingError, match=r"Stopped at step 3: a weight is no number.*checkpoint-2 is from before and whole"):
+            train(cfg)
+    facts = json.loads((run_directory(cfg.training.output_dir) / "diverged-at-step-3.json").read_text())
+    assert len(facts["batches"]) == 1
+
+
 def starve(patch: pytest.MonkeyPatch, fits: int) -> None:
     "A forward pass that fails above a number of rows, and leaves half-made gradients as a failed backward pass does."
     real = BotTrainer.compute_loss

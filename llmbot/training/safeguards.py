@@ -84,14 +84,14 @@ def way_on(
 def diagnose(
     trainer: Trainer,  # that diverged
     fault: str,  # what is wrong
-    batches: list[dict[str, Any]],  # micro-batches since the last look
+    seen: list[tuple[int, dict[str, Any]]],  # steps before it and micro-batch, since the last look
     grad_norm: float | None,  # of the last step whose norm is known
 ) -> TrainingError:
     "Write down the rows, and say what happened and what helps."
-    step, rate = trainer.state.global_step + 1, trainer._get_learning_rate()
+    step, rate = (seen[-1][0] if seen else trainer.state.global_step) + 1, trainer._get_learning_rate()
     path = Path(trainer.args.output_dir).parent / f"diverged-at-step-{step}.json"
     facts = {"step": step, "fault": fault, "learning_rate": rate, "grad_norm": grad_norm}
-    rows = [readable(batch, trainer.processing_class) for batch in batches]
+    rows = [readable(batch, trainer.processing_class) for _, batch in seen]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(facts | {"batches": rows}, indent=1, ensure_ascii=False, default=str), encoding="utf-8")
     norm = "not known" if grad_norm is None else f"{grad_norm:.3g}"
@@ -299,7 +299,7 @@ class Safeguards(InParts):
     def stop_if(self, fault: str | None) -> None:
         "End the run with a diagnosis when something is wrong."
         if fault and self.stop_on_divergence:
-            raise diagnose(self, fault, [inputs for _, inputs in self.seen], self.grad_norm)
+            raise diagnose(self, fault, self.seen, self.grad_norm)
 
 # %% ../../nbs/training/208_safeguards.ipynb #2afd2c61
 class SafeTrainer(Safeguards):
@@ -328,7 +328,7 @@ class SafeTrainer(Safeguards):
         whole = [p.detach() for p in self.model.parameters() if p.requires_grad]
         trained = [p.to_local() if hasattr(p, "to_local") else p for p in whole]  # of shards, those of this process
         if trained and not torch.stack([torch.isfinite(p).all() for p in trained]).all():
-            raise diagnose(self, "a weight is no number", [inputs for _, inputs in getattr(self, "seen", [])], self.grad_norm)
+            raise diagnose(self, "a weight is no number", getattr(self, "seen", []), self.grad_norm)
         super()._save_checkpoint(model, trial)
 
 
