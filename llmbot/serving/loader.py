@@ -7,12 +7,13 @@ __all__ = ['logger', 'MemoryBudgetError', 'least_recently_used', 'make_room', 'L
 
 # %% ../../nbs/serving/354_loader.ipynb #a1fd354b
 import asyncio
+import contextlib
 import logging
 from collections.abc import Sequence
 from typing import ClassVar
 
 from ..core.config_io import LiveConfig
-from ..core.errors import ServingError
+from ..core.errors import BotError, ServingError
 from .backends import AdapterHost, Backend
 from .bot_memory import held_memory, weights_memory
 from .engine import Engine, retire, start_engine
@@ -80,18 +81,22 @@ class Loader:
             else:
                 async with self._budget:
                     await self._load_within(engine)
+            self._measures = True
         finally:
             engine.loading = None
 
     async def _load_within(self, engine: Engine) -> None:
         cfg, others = self.live.current, [other for other in self.engines if other is not engine]
         need = await asyncio.to_thread(weights_memory, engine.reference, cfg) or 0.0
+        for other in others:
+            if other.backend is not None and not other.memory:  # loaded when there was no budget
+                with contextlib.suppress(BotError):  # its files are gone: it could not be loaded again
+                    other.memory = await asyncio.to_thread(weights_memory, other.reference, cfg) or 0.0
         await make_room(need, cfg.serving.memory_budget_gb or float("inf"), engine.name, others)
         async with engine.gate:
             before = held_memory()
             await start_engine(engine)
             engine.memory = max(need, held_memory() - before if self._measures else 0.0)
-        self._measures = True
 
 # %% ../../nbs/serving/354_loader.ipynb #7bc0a1fa
 def adapter_host(backend: Backend) -> AdapterHost:
