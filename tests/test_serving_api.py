@@ -190,6 +190,7 @@ def test_stop_strings(client: openai.OpenAI) -> None:
         ({"tool_choice": {"type": "function"}}, "tool_choice.function"),
         ({"extra_body": {"top_k": -1}}, "top_k"),
         ({"extra_body": {"min_q": 0.1}}, "min_q"),
+        ({"extra_body": {"body": 1}}, "body"),
         ({"max_tokens": 4000}, "max_tokens"),  # within the server's limit, beyond the bot's context
         ({"max_tokens": 5000}, "max_tokens"),  # beyond the server's limit
         ({"max_completion_tokens": 5000}, "max_completion_tokens"),

@@ -17,7 +17,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any
 
 from fastapi import FastAPI
-from fastapi.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
 from .. import __version__
@@ -34,7 +33,7 @@ from .bot_api import bot_router
 from .conversation_api import conversation_router
 from .conversations import Conversations
 from .embeddings_api import embeddings_router
-from .http_guard import ERRORS, BodyReader, Observe, RequestBounds, RequestNames, handler_of, install_error_handlers
+from .http_guard import ERRORS, BodyReader, Observe, Cors, RequestBounds, RequestNames, handler_of, install_error_handlers
 from .hosting import UnknownModelError
 from .model_server import ModelServer
 from .openai_api import openai_router
@@ -57,7 +56,7 @@ def add_middlewares(
     app.add_middleware(Doorkeeper, find=keys.find, asks_for_keys=keys.asked_for, limits=limits, open_paths=open_paths(cfg))
     if settings.cors_origins:
         app.add_middleware(
-            CORSMiddleware,
+            Cors,
             allow_origins=settings.cors_origins,
             allow_methods=["GET", "POST", "PATCH", "DELETE"],
             allow_headers=["*"],  # OpenAI's client for browsers sends a dozen of its own

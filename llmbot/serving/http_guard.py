@@ -6,7 +6,7 @@
 __all__ = ['logger', 'ERRORS', 'MAX_DEPTH', 'REQUEST_ID', 'LEFT', 'Observe', 'MAX_HEADERS', 'MAX_ADDRESS', 'ErrorDetail',
            'ErrorBody', 'error_body', 'error_response', 'failure', 'strict_json', 'StrictRequest', 'StrictRoute',
            'path_of', 'nearest', 'validation_error', 'install_error_handlers', 'handler_of', 'RequestNames',
-           'RequestBounds', 'BodyReader']
+           'RequestBounds', 'BodyReader', 'Cors']
 
 # %% ../../nbs/serving/360_http_guard.ipynb #09bd10e3
 import asyncio
@@ -22,6 +22,7 @@ from urllib.parse import quote
 
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, StrictInt
@@ -200,7 +201,7 @@ def nearest(
         best[key] = max(best.get(key, (False, 0)), near(error, path))
     for error, path, choice in found:
         if near(error, path) == best[tuple(path[:choice])]:
-            place = ".".join(str(part) for part in path if part != "body")[:200]  # it may be a key as long as the body
+            place = ".".join(str(part) for part in path)[:200]  # it may be a key as long as the body
             yield place, error["type"], error["msg"]
 
 # %% ../../nbs/serving/360_http_guard.ipynb #fdaa37c7
@@ -235,7 +236,9 @@ def install_error_handlers(
     def of_validation(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
         given = {"body": error.body, "query": dict(request.query_params), "path": request.path_params}
-        return JSONResponse(validation_error(error.errors(), given), 400)
+        part = error.errors()[0]["loc"][0]  # FastAPI puts the part of the request before pydantic's place
+        wrong = [{**one, "loc": one["loc"][1:]} for one in error.errors() if one["loc"][0] == part]
+        return JSONResponse(validation_error(wrong, given[part]), 400)
 
     def of_http(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, StarletteHTTPException)
@@ -377,3 +380,14 @@ class BodyReader:
                 return None
             more = message.get("more_body", False)
         return {"type": "http.request", "body": bytes(body), "more_body": False}
+
+# %% ../../nbs/serving/360_http_guard.ipynb #4afabda5
+class Cors(CORSMiddleware):
+    "Starlette's CORS; a preflight is refused in the words of every other error."
+
+    def preflight_response(self, request_headers: Headers) -> Response:
+        answer = super().preflight_response(request_headers)
+        if answer.status_code < 400:
+            return answer
+        allowed = {name: value for name, value in answer.headers.items() if not name.startswith("content-")}
+        return error_response(answer.status_code, bytes(answer.body).decode(), code="cors_refused", headers=allowed)
