@@ -60,6 +60,21 @@ def test_a_function_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             "refusals"} <= set(text_metrics())
 
 
+def test_a_decorated_function_by_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    "A terminal names the module, and the metric takes what its decorator says: all rows at once, not the letters of one."
+    code = ("from llmbot.monitoring.text_metrics import corpus_metric, row_metric\n\n"
+            "@corpus_metric('openings', resampled=False)\ndef openings(answers, references):\n    'Different first words.'\n"
+            "    return len({answer.split()[0] for answer in answers}) / len(answers)\n\n"
+            "@row_metric('loud')\ndef loud(answer, reference):\n    'Capitals alone.'\n    return float(answer.isupper())\n")  # fmt: skip
+    (tmp_path / "decorated_metrics.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    openings, loud = get_metric("decorated_metrics:openings"), get_metric("decorated_metrics:loud")
+    assert (openings.name, openings.row, openings.resampled) == ("decorated_metrics:openings", None, False)
+    assert openings.corpus(["It is", "It was", "No", "It"], ["", "", "", ""]) == 0.5
+    assert get_metric("openings").corpus(["a b", "a"], ["", ""]) == 0.5
+    assert (loud.row is not None, loud.corpus(["A", "b"], ["", ""]), loud.description) == (True, 0.5, "Capitals alone.")
+
+
 def test_interval_is_that_of_scipy() -> None:
     rng = np.random.default_rng(0)
     said = [" ".join(rng.choice(["a1", "b2", "c3", "d4"], 5)) for _ in range(60)]

@@ -107,6 +107,10 @@ def _imported(name: str) -> TextMetric:
     row = import_object(name, "the metric")
     if not callable(row):
         raise ConfigError(f"'{name}' is no function of an answer and a reference")
+    for metric in list(_metrics.values()):
+        if row in (metric.row, metric.corpus):  # a decorator has said already what it takes
+            _metrics[name] = replace(metric, name=name)
+            return _metrics[name]
 
     @functools.wraps(row)
     def scored(answer: str, reference: str) -> float:
