@@ -1,11 +1,14 @@
 """An evaluation that is killed goes on without asking again, and figures stay with the bot where gates read them."""
 
+import contextlib
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +18,12 @@ from tiny_bots import make_bot
 
 from llmbot.app.cli import main
 from llmbot.core.bot import bot_digest, read_manifest, verify_bot
-from llmbot.core.errors import BotError, ConfigError
+from llmbot.core.errors import BotError, ConfigError, DataError
 from llmbot.core.evaluations import known_metrics
 from llmbot.core.registry import register, verify_registry
 from llmbot.core.registry_aliases import promote
 from llmbot.evaluation.evaluate import evaluate_bot
+from llmbot.evaluation.kept import Kept
 from llmbot.evaluation.report import ALIKE
 
 SLOW = '''
@@ -168,3 +172,28 @@ def test_figures_stay_with_the_bot(home: Path, capsys: pytest.CaptureFixture[str
     (home / "tiny" / "config.json").write_text(with_hand + " ")
     _, report = run("evaluate", "tiny", "--data", "rows.jsonl", "--metrics", "chrf", "--no-record", "model.device=cpu")
     assert report["notes"] == []
+
+
+def test_a_disk_that_was_full_is_no_damage(tmp_path: Path) -> None:
+    "What could not be written, at the beginning or in the middle, is written by the same command once there is room."
+    path, key = tmp_path / "report.answers.jsonl", {"bot": "1f"}
+
+    @contextlib.contextmanager
+    def room_for(size: int) -> Iterator[None]:
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    with pytest.raises(DataError, match="cannot be kept there"), room_for(5):
+        Kept(path, key)
+    assert list(tmp_path.iterdir()) == []
+    Kept(path, key).add({"0": ["Paris", True]})
+    whole = path.read_bytes()
+    with pytest.raises(OSError, match="too large"), room_for(len(whole) + 9):
+        Kept(path, key).add({"1": ["Rome", True]})
+    assert path.read_bytes().startswith(whole)
+    assert Kept(path, key).found == {"0": ["Paris", True]}
+    assert path.read_bytes() == whole
