@@ -87,6 +87,8 @@ CASES: dict[str, dict[str, Any]] = {
                      "data.max_seq_length": 128, "training.gradient_accumulation_steps": 2},
     "documents": {"model.hidden_size": 128, "model.num_hidden_layers": 4, "training.per_device_batch_size": 4,
                   "data.max_seq_length": 384, "data.train": "documents.jsonl"},
+    "whole rows": {"model.hidden_size": 64, "model.num_hidden_layers": 16, "training.per_device_batch_size": 4, "data.max_seq_length": 768,
+                   "data.train": "long.jsonl", "data.on_overlong": "truncate_right", "training.packing": False},
     "bf16": {"model.hidden_size": 256, "model.num_hidden_layers": 6, "training.per_device_batch_size": 8, "data.max_seq_length": 160,
              "training.precision": "bf16"},
     "lora": WIDE | {"training.method": "lora", "training.per_device_batch_size": 4, "data.max_seq_length": 96},
@@ -151,6 +153,7 @@ write("chats.jsonl", ({"messages": [{"role": "user", "content": said(8)}, {"role
 write("dpo.jsonl", ({"prompt": said(12), "chosen": said(12 + i % 3), "rejected": said(10 + i % 3)} for i in range(12)))
 write("kto.jsonl", ({"prompt": said(12), "completion": said(12 + i % 3), "label": i % 2 == 0} for i in range(12)))
 write("grpo.jsonl", ({"prompt": said(14), "answer": "1"} for _ in range(12)))
+write("long.jsonl", ({"text": said(500)} for _ in range(12)))
 tokenizer = train_tokenizer([Path("text.txt").read_text()], 2500)
 attach_chat_template(tokenizer)
 for name, vocabulary, size in (("tiny", 2560, (64, 2)), ("wide", 2560, (512, 5)), ("long", 9000, (128, 4))):
@@ -228,6 +231,15 @@ def test_steps_of_methods_that_learn_from_answers(tmp_path: Path, method: str) -
     shown = "answers, as many" if method == "grpo" else "The pass of the reference"
     assert any(shown in note for note in planned.notes)
     assert planned.operations.again > 0
+
+
+def test_attention_of_a_gpu_is_planned_here(tmp_path: Path) -> None:
+    "flash_attention_2, whose package is not needed for that: packed rows take no masks, as they do with PyTorch's own attention."
+    recipes = [recipe(tmp_path, ROWS, **{"model.attn_implementation": a, "model.device": "auto"}) for a in ("flash_attention_2", "sdpa")]
+    plans = [plan(cfg, device="H100") for cfg in recipes]
+    assert plans[0].batches == plans[1].batches
+    assert plans[0].batches.masked
+    assert plans[0].memory.activations < plans[1].memory.activations
 
 
 def test_a_stream_is_planned_from_its_steps(tmp_path: Path) -> None:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Loss', 'DTYPES', 'STATES', 'PURPOSES', 'GPU_CONTEXT', 'FRAGMENTATION', 'Workload', 'shortened', 'with_adapter',
-           'traced_model', 'keep_few_bits', 'parts_of', 'watch', 'next_token_loss', 'short_trace', 'trace_step',
-           'MemoryPlan', 'weight_bytes', 'worst_moment', 'Around', 'peak_memory']
+           'attention_for', 'traced_model', 'keep_few_bits', 'parts_of', 'watch', 'next_token_loss', 'short_trace',
+           'trace_step', 'MemoryPlan', 'weight_bytes', 'worst_moment', 'Around', 'peak_memory']
 
 # %% ../../nbs/core/056_peak_memory.ipynb #53314b7e
 import copy
@@ -54,7 +54,7 @@ class Workload:
         "Ids, labels, and what tells documents or padding apart."
         size = length or self.tokens
         ids, mask = torch.zeros(self.rows, size, dtype=torch.long), {}
-        if self.masked:
+        if self.masked and self.attn_implementation != "flash_attention_2":  # which takes the documents one by one
             mask["attention_mask"] = torch.ones(self.rows, 1, size, size, dtype=torch.bool)
         return {"input_ids": ids, "labels": ids, "position_ids": torch.arange(size).expand(self.rows, -1), **mask}
 
@@ -88,13 +88,34 @@ def with_adapter(
 
     return get_peft_model(model, peft_config(model, lora))
 
+# %% ../../nbs/core/056_peak_memory.ipynb #5b0f9d2e
+def attention_for(
+    wanted: str,  # as in `ModelConfig.attn_implementation`
+) -> str:  # a name known to transformers
+    """The attention of a trace: PyTorch's own, also in the place of flash_attention_2, which keeps as much and runs on GPUs alone.
+
+    It makes no mask for whole rows, as in training. Of tensors that hold nothing, transformers cannot tell that their rows are whole.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import sdpa_mask
+
+    def mask_of_whole_rows(**kwargs: Any) -> torch.Tensor | None:
+        return sdpa_mask(**kwargs | {"allow_is_causal_skip": True})
+
+    if wanted == "eager":
+        return wanted
+    AttentionInterface.register("whole_rows", sdpa_attention_forward)
+    AttentionMaskInterface.register("whole_rows", mask_of_whole_rows)
+    return "whole_rows"
+
 # %% ../../nbs/core/056_peak_memory.ipynb #8def8598
 def traced_model(
     config: "PreTrainedConfig",  # with the layers that are to be run
     load: Workload,  # what is trained, and how
 ) -> Any:  # on the meta device, in training mode
     "The model as it is trained."
-    model: Any = meta_model(config, load.attn_implementation)
+    model: Any = meta_model(config, attention_for(load.attn_implementation))
     if load.quantization != "none":
         keep_few_bits(model, load)
     elif load.lora:
