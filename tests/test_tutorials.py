@@ -24,4 +24,5 @@ def test_tutorial_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_there_are_tutorials() -> None:
     assert {p.stem for p in TUTORIALS} >= {
-        "01_your_first_chatbot", "02_look_at_your_data", "03_fine_tune_and_read_the_curves", "06_your_own_training_method"}
+        "01_your_first_chatbot", "02_look_at_your_data", "03_fine_tune_and_read_the_curves", "04_lora_and_qlora",
+        "05_preferences_with_dpo", "06_your_own_training_method"}

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['LENGTH', 'MAY_CHANGE', 'LAYOUT', 'base_facts', 'same_base', 'run_record', 'read_record', 'global_batch',
-           'changed_settings', 'layout_for', 'changed_files', 'refuse_other_work', 'check_resume']
+           'changed_settings', 'layout_for', 'changed_files', 'refuse_other_strategy', 'refuse_other_work',
+           'check_resume']
 
 # %% ../../nbs/training/207_same_run.ipynb #70d1c2b3
 import hashlib
@@ -21,6 +22,7 @@ from ..core.model_card import digest_of
 from ..core.model_manager import commit_of, load_bot
 from ..core.own_settings import OWN_SETTINGS
 from ..core.processes import is_main, world_size
+from .methods import asked_strategy
 
 # %% ../../nbs/training/207_same_run.ipynb #b2f7a6e5
 def base_facts(
@@ -65,7 +67,8 @@ def run_record(
     method = {} if own is None else {name: getattr(own, name) for name in type(own).__pydantic_fields__}
     base = base_facts(cfg) if cfg.model.base and is_main() else None
     record = {"config": to_dict(cfg) | {"method": method}, "data": data.fingerprint, "files": data.digests, "tokenizer": digest}
-    return dict(json.loads(json.dumps(record | {"processes": world_size(), "base": base}, default=str)))
+    record |= {"processes": world_size(), "strategy": asked_strategy(cfg.training.strategy), "base": base}
+    return dict(json.loads(json.dumps(record, default=str)))
 
 
 def read_record(
@@ -75,7 +78,7 @@ def read_record(
     path = run_dir / "run.json"
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        missing = {"config", "data", "files", "tokenizer", "processes", "base"} - set(record)
+        missing = {"config", "data", "files", "tokenizer", "processes", "strategy", "base"} - set(record)
     except (OSError, ValueError, TypeError) as exc:
         raise TrainingError(f"{path} cannot be read ({exc}), and without it nobody knows what the run began with. "
                             "Put it back, or start anew in another output directory.") from exc
@@ -88,6 +91,7 @@ def read_record(
 LENGTH = {"max_steps", "max_minutes", "num_train_epochs"}
 MAY_CHANGE = LENGTH | {"logging_steps", "eval_steps", "save_steps", "save_total_limit", "overwrite", "cache_dir", "device", "license"}
 MAY_CHANGE |= {"per_device_eval_batch_size", "auto_batch_size", "stop_on_divergence", "dataloader_workers", "merge", "merge_tolerance"}
+MAY_CHANGE |= {"strategy"}  # what it came to is compared
 LAYOUT = {"per_device_batch_size", "gradient_accumulation_steps", "gradient_checkpointing"}  # same rows in a step, another rounding
 
 
@@ -136,6 +140,20 @@ def changed_files(
     told = [f"{what}: {', '.join(names)}" for what, names in other.items() if names]
     return "; ".join(told) or "no file did, so it is llmbot's way of preparing them"
 
+# %% ../../nbs/training/207_same_run.ipynb #4e7a90c5
+def refuse_other_strategy(
+    then: str,  # of the first start, from `asked_strategy`
+    now: str,  # of this one
+    run_dir: Path,  # of the run, to be named
+) -> None:
+    "Raises `TrainingError` where this start could not read the checkpoints."
+    if then == now or {then, now} <= {"alone", "ddp"}:
+        return
+    way = "in one process, or with training.strategy=ddp" if then in ("alone", "ddp") else f"in several, with training.strategy={then}"
+    here = "in one process" if now == "alone" else f"by '{now}'"
+    raise TrainingError(f"The run in {run_dir} began {'in one process' if then == 'alone' else f'by {then!r}'}, and this start would train "
+                        f"{here}, which cannot read its checkpoints. Resume {way}.")
+
 # %% ../../nbs/training/207_same_run.ipynb #ab9ba515
 def refuse_other_work(
     then: dict[str, Any],  # the record of the first start
@@ -143,7 +161,8 @@ def refuse_other_work(
     run_dir: Path,  # of the run, to be named
 ) -> None:
     "Refuse another global batch, other data, another tokenizer or base. Raises `TrainingError`."
-    if now["processes"] != then["processes"] and then["config"]["training"]["strategy"].startswith("zero"):
+    refuse_other_strategy(then["strategy"], now["strategy"], run_dir)
+    if now["processes"] != then["processes"] and then["strategy"].startswith("zero"):
         raise TrainingError(f"The checkpoints of {run_dir} are in {then['processes']} parts, one for each process of DeepSpeed, and this "
             f"start has {now['processes']} processes. Resume with {then['processes']}.")
     rows, before = global_batch(now), global_batch(then)
