@@ -6,6 +6,7 @@ With LLMBOT_SCREENSHOTS=DIR the pictures of the documentation are written there.
 import asyncio
 import dataclasses
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -356,6 +357,30 @@ def test_a_script_in_an_answer_is_text(alone: tuple[str, Workplace], context: "B
     assert page.evaluate("window.pwned === undefined")
 
 
+def test_what_a_browser_may_not_send_is_logged_in_short(alone: tuple[str, Workplace], context: "BrowserContext") -> None:
+    "Values that no widget can have are refused; the log says so in a line each, without the values."
+    lines, names = list[str](), ("bokeh.server.protocol_handler", "panel.reactive", "tornado.application")
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(f"{record.name} {logging.Formatter().format(record)}")  # type: ignore[method-assign]
+    for name in names:
+        logging.getLogger(name).addHandler(handler)
+    try:
+        page = enter(context, alone[0])
+        expect(page.get_by_role("button", name="Send")).to_be_enabled()
+        page.evaluate("""() => { for (const m of Bokeh.documents[0]._all_models.values())
+            if ("value" in m && m.label !== undefined) try { m.value = "secret".repeat(50000) } catch {} }""")
+        limit = time.monotonic() + 60
+        while {line.partition(" ")[0] for line in lines} != set(names):
+            assert time.monotonic() < limit, [line[:200] for line in lines]
+            page.wait_for_timeout(50)
+    finally:
+        for name in names:
+            logging.getLogger(name).removeHandler(handler)
+    assert max(map(len, lines)) < 10_000
+    assert not [line for line in lines if "secretsecret" * 100 in line]
+    context.close()
+
+
 def test_a_long_conversation_stays_usable(alone: tuple[str, Workplace], context: "BrowserContext") -> None:
     "Of 2,000 messages the last are drawn, more on demand; the number of elements is bounded, and one can go on."
     url, place = alone
@@ -533,6 +558,41 @@ def test_requests_are_seen_and_ended(alone: tuple[str, Workplace], team: str, an
     user = {"Authorization": f"Bearer {USER}"}
     assert [httpx.request(how, f"{team}/admin/requests{id}", headers=user).status_code
             for how, id in (("GET", ""), ("DELETE", "/mine"))] == [403, 403]
+
+
+FOCUSED = """() => { let now = document.activeElement; while (now?.shadowRoot?.activeElement) now = now.shadowRoot.activeElement
+  return now.getAttribute("aria-label") ?? (now.id || now.innerText) }"""
+
+
+def test_the_focus_is_not_lost(team: str, context: "BrowserContext") -> None:
+    "With a keyboard alone: a message comes and goes, a table is drawn anew, a button is used up; whoever presses Tab goes on from there."
+    def until(name: str) -> None:
+        page.wait_for_function(f"name => ({FOCUSED})().includes(name)", arg=name)
+
+    page = enter(context, f"{team}/ui", ADMIN, "server")
+    page.get_by_role("button", name="Change").focus()
+    page.keyboard.press("Enter")
+    page.get_by_role("alert").wait_for()
+    until("Change")
+    page.get_by_role("button", name="Close this message").focus()
+    page.keyboard.press("Enter")
+    page.get_by_role("alert").wait_for(state="detached")
+    page.wait_for_function("() => document.activeElement !== document.body")
+    table = page.get_by_role("region", name="Bots").element_handle()
+    assert table is not None
+    table.focus()
+    page.wait_for_function("table => !table.isConnected", arg=table)
+    until("Bots")
+    page = enter(context, f"{team}/ui", ADMIN)
+    say(page, "Who am I?")
+    page.get_by_role("button", name="Answer again").focus()
+    page.keyboard.press("Enter")
+    page.get_by_text("The bot is answering.").or_(page.get_by_text("The answer is complete.")).wait_for()
+    until("Conversation")  # where the button was: it is not there while the bot answers
+    page.get_by_role("button", name="Delete").focus()
+    page.keyboard.press("Enter")
+    page.get_by_role("article").first.wait_for(state="detached")
+    until("message")
 
 
 def test_nothing_is_left_of_a_visitor_who_has_gone(alone: tuple[str, Workplace], another: "Callable[[], BrowserContext]") -> None:

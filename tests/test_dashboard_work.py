@@ -13,7 +13,6 @@ import pytest
 from tiny_bots import make_bot
 
 from llmbot.app import dashboard_pages
-from llmbot.app.background_jobs import job_context
 from llmbot.app.dashboard_mount import running_dashboard
 from llmbot.app.dashboard_pages import Desk, register_page
 from llmbot.app.dashboard_views import heading_html, html_pane, toolkit
@@ -62,8 +61,6 @@ def address(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
                           folder) as (url, _),
     ):  # fmt: skip
         patch.setenv("LLMBOT_REGISTRY", str(folder / "registry"))
-        job_context()
-        forkserver.ensure_running()  # which imports for a long time what jobs need, with the registry above; the tests begin meanwhile
         yield url
 
 
@@ -137,6 +134,7 @@ def test_data_is_looked_at(visit: "Callable[..., Page]", folder: Path, tmp_path:
     corpus.write_text(f"categories:\n- greetings\nconversations:\n{talk}- - nobody answers\n")
     page = visit("data")
     see(page, "No data has been looked at")
+    assert forkserver._forkserver._forkserver_alive_fd is not None  # type: ignore[attr-defined]  # what jobs import is on its way
     page.locator("input[type=file]").set_input_files(corpus)
     see(page, "smalltalk.yml is in the folder")
     assert (folder / "data" / "smalltalk.yml").read_text() == corpus.read_text()
@@ -322,7 +320,7 @@ def test_bots_are_measured(visit: "Callable[..., Page]", folder: Path, faults: F
     rows = [{"prompt": f"{n}?", "completion": "words " * 40} for n in range(20_000)]
     (folder / "many.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     fill(page, {"Or a path, or hf:NAME": "many.jsonl"})
-    page.get_by_role("button", name="show more").click()
+    page.get_by_role("button", name="More", exact=True).click()
     fill(page, {"Rows at most": "20000"})
     page.get_by_role("button", name="Evaluate", exact=True).click()
     page.get_by_role("button", name="Cancel").wait_for()

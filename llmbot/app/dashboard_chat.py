@@ -134,6 +134,8 @@ class Chat:
         self.view.heard = self.heard
         self.older.on_click(guarded(desk, lambda event: look_back(self)))
         self.view.param.watch(lambda event: hold(self), "busy")
+        for widget in (self.history, self.older, self.new, self.delete):  # a browser that is told twice in short may say the first back
+            widget.param.watch(lambda event: hold(self), "disabled")
         self.new.on_click(guarded(desk, lambda event: begin(self)))
         self.delete.on_click(guarded(desk, lambda event: forget(self)))
         self.history.param.watch(self._opened, "value")
@@ -231,6 +233,7 @@ async def forget(chat: Chat) -> None:
     if chat.talk.conversation is not None:
         await chat.talk.remove(chat.talk.conversation.id)
     await reset(chat)
+    chat.view.draft = {"at": time.time()}  # the button cannot keep the focus: there is nothing more to delete
 
 # %% ../../nbs/app/578_dashboard_chat.ipynb #356a47ee
 async def turn(

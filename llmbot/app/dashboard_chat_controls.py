@@ -77,7 +77,7 @@ class Bots:
         opened: Callable[[], Awaitable[None]] | None = None,  # called when one more bot can be asked
     ) -> None:
         _, material = toolkit()
-        self.desk, self.opened = desk, opened
+        self.desk, self.opened, self.opening = desk, opened, set[str]()
         self.first = material.Select(label="Bot", **ONE_EACH)
         self.second = material.Select(label="Beside it", **ONE_EACH)
         self.blind = material.Checkbox(label="Hide names until I have voted", value=True, visible=False, margin=(14, 8))
@@ -111,8 +111,14 @@ async def open_wanted(bots: Bots) -> None:
     wanted = (bots.reference.value_input or "").strip()  # what is seen, also before Enter
     if not wanted:
         raise RequestError("name the bot to open: one of the list, a path, or hf:OWNER/NAME")
-    bots.desk.tell(f"Opening {wanted}. Big bots take a while.", "info")  # `loading`, on and off at once, stays on
-    name = await open_bot(bots.desk, wanted)
+    if wanted in bots.opening:  # a second click
+        return
+    bots.opening.add(wanted)
+    try:
+        bots.desk.tell(f"Opening {wanted}. Big bots take a while.", "info")  # `loading`, on and off at once, stays on
+        name = await open_bot(bots.desk, wanted)
+    finally:
+        bots.opening.discard(wanted)
     bots.refresh()
     bots.first.value = name
     if bots.opened:

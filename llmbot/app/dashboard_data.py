@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from .background_jobs import Tell
 from .dashboard_pages import Desk, guarded, register_page
-from .dashboard_parts import FormView, JobView, begin_work, beside, placed
+from .dashboard_parts import FormView, JobView, begin_work, beside, folded, placed
 from .dashboard_views import empty_html, facts_html, heading_html, html_pane, notice_html, table_html, toolkit
 from .data_preview import data_files, inspect_data, keep_upload
 from .form_fields import FormField, form_fields, form_values, read_form
@@ -120,8 +120,7 @@ class DataInputs:
         fields = [field for key, field in known_fields("sft").items() if key.startswith("data.") and key != "data.train"]
         self.form = FormView(fields, form_values(Config(), fields))
         self.view = panel.Column(self.upload, beside(self.file, self.path, self.method, self.bot),
-                                 material.Card(self.form.view, title="How it is read", collapsed=True, sizing_mode="stretch_width"),
-                                 sizing_mode="stretch_width")  # fmt: skip
+                                 folded("How it is read", self.form.view), sizing_mode="stretch_width")  # fmt: skip
         self.refresh()
 
     def refresh(self) -> None:

@@ -20,7 +20,7 @@ from pydantic import TypeAdapter
 
 from .background_jobs import Job, Tell
 from .dashboard_pages import Desk, guarded, register_page
-from .dashboard_parts import JobView, beside
+from .dashboard_parts import JobView, beside, folded
 from .dashboard_views import empty_html, facts_html, heading_html, html_pane, notice_html, table_html, toolkit
 from .data_preview import data_files
 from ..core.config import Config
@@ -219,8 +219,8 @@ class EvaluationPage(EvaluationAsked):
         self.start = material.Button(label="Evaluate", icon="fact_check", on_click=guarded(desk, self.begin))
         more = panel.Column(beside(self.group, self.rows, self.tokens, self.backend, self.others), self.record, sizing_mode="stretch_width")
         self.view = panel.Column(html_pane(heading_html("Evaluation", LEAD)), beside(self.bots, self.metrics, self.file, self.path),
-                                 material.Card(more, title="More", collapsed=True, sizing_mode="stretch_width"), self.start, self.job.view,
-                                 self.earlier, self.result, sizing_mode="stretch_width")  # fmt: skip
+                                 folded("More", more), self.start, self.job.view, self.earlier, self.result,
+                                 sizing_mode="stretch_width")  # fmt: skip
         self.earlier.param.watch(lambda event: self.show(), "value")
         self.find()
         self.show()

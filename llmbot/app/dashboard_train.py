@@ -20,12 +20,13 @@ from typing import Any
 from .background_jobs import Tell
 from .dashboard_data import look, report_html
 from .dashboard_pages import Desk, guarded, register_page
-from .dashboard_parts import CurvesView, FormView, JobView, Pulse, action_button, begin_work, placed
+from .dashboard_parts import CurvesView, FormView, JobView, Pulse, action_button, begin_work, folded, placed
 from .dashboard_views import empty_html, facts_html, heading_html, html_pane, notice_html, toolkit
 from .data_preview import data_files
 from .form_fields import FormField, form_fields, form_values, read_form, recipe_text
 from .live_run import LiveRun, found_status, recipe_of, running, start_run
 from .run_records import run_directories
+from ..core.bot import resolve_reference
 from ..core.config import Config
 from ..core.config_io import RECIPES, load_config
 from ..core.errors import ConfigError, LLMBotError
@@ -121,8 +122,7 @@ class RecipeEditor(RecipeChecks):
         self.text = material.TextAreaInput(label="Recipe", rows=12, sizing_mode="stretch_width", max_length=1_000_000)
         self.read = material.Button(label="Read the recipe", variant="outlined", on_click=guarded(desk, self.take_text))
         self.place, self.general = panel.Column(sizing_mode="stretch_width"), html_pane("")
-        recipe = material.Card(panel.Column(self.text, self.read, sizing_mode="stretch_width"), title="As a recipe", collapsed=True,
-                               sizing_mode="stretch_width")  # fmt: skip
+        recipe = folded("As a recipe", panel.Column(self.text, self.read, sizing_mode="stretch_width"))
         self.view = panel.Column(self.method, self.place, self.more, recipe, self.general, sizing_mode="stretch_width")
         self.method.param.watch(lambda event: self.choose(event.new), "value")
         self.more.param.watch(lambda event: self.show(self.current()), "value")
@@ -315,9 +315,10 @@ class TrainWork:
     result: Any  # pane: what came of it
 
     def check(self, *events: Any) -> None:
-        "Check the recipe."
-        self.editor.recipe()
-        self.result.object = notice_html("The recipe can be trained.", "success")
+        "Check the recipe, and whether its bot is there. Raises `ConfigError` and `BotError`."
+        if base := self.editor.recipe().model.base:
+            resolve_reference(base)
+        self.result.object = notice_html("The recipe can be used. What its data holds is seen with 'Look at the data'.", "success")
 
     def begin(self, title: str, work: Any) -> None:
         "Begin work that takes long, on the recipe."

@@ -120,13 +120,14 @@ export function render({model, el}) {
   const log = made("div", {class: "log", role: "log", "aria-live": "off", "aria-label": "Conversation", tabindex: "0"})
   const box = made("textarea", {rows: "2", id: "message", enterkeyhint: "send"})
   const go = made("button", {type: "submit"}, "Send")
-  const stop = button("Stop (Esc)", null, () => send({act: "stop", id: ""}))
+  const stop = button("Stop (Esc)", null, () => { send({act: "stop", id: ""}); box.focus() })
   const form = made("form", {}, made("label", {for: "message"}, "Message (Enter sends, Shift+Enter begins a line)", box), go, stop)
   const status = made("p", {class: "status", role: "status"})
   const submit = () => {
     if (model.busy || model.closed || !box.value.trim()) return
     send({act: "send", id: "", text: box.value})
     box.value = ""
+    box.focus()
   }
   const state = () => {
     go.disabled = model.busy || model.closed
@@ -149,7 +150,7 @@ export function render({model, el}) {
   for (const name of ["entries", "hidden"]) model.on(name, () => draw_into(log, model, send))
   for (const name of ["busy", "closed", "status"]) model.on(name, state)
   model.on("live", live)
-  model.on("draft", () => { if (model.draft.text != null) { box.value = model.draft.text; box.focus() } })
+  model.on("draft", () => { box.value = model.draft.text ?? box.value; box.focus() })
   el.append(log, form, status)
   draw_into(log, model, send); state(); log.scrollTop = log.scrollHeight
 }
@@ -175,7 +176,7 @@ def transcript_class() -> Any:
         busy = param.Boolean(default=False)
         closed = param.Boolean(default=False, doc="nothing can be sent now")
         status = param.String(default="")
-        draft = param.Dict(default={}, doc="text to put into the box")
+        draft = param.Dict(default={}, doc="text to put into the box, which gets the focus")
         _esm, _stylesheets = RENDER, [STYLE]
         heard: Callable[[str, str, str], None] = staticmethod(lambda act, id, text: None)  # is told: action, entry, text
 
