@@ -137,7 +137,8 @@ def note(
     "A line for a person; errors are announced by screen readers."
     colour = {"error": "#c62828", "good": "#2e7d32"}.get(kind, "inherit")
     role = ' role="alert"' if kind == "error" else ""
-    return f'<div{role} style="color:{colour};white-space:pre-wrap;font:13px/1.4 system-ui,sans-serif">{escape(text)}</div>' if text else ""
+    style = f"color:{colour};white-space:pre-wrap;overflow-wrap:anywhere;font:13px/1.4 system-ui,sans-serif"
+    return f'<div{role} style="{style}">{escape(text)}</div>' if text else ""
 
 # %% ../../nbs/app/550_widget_parts.ipynb #9c2ce004
 def in_background(
