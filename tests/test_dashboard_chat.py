@@ -561,7 +561,7 @@ def test_requests_are_seen_and_ended(alone: tuple[str, Workplace], team: str, an
 
 
 FOCUSED = """() => { let now = document.activeElement; while (now?.shadowRoot?.activeElement) now = now.shadowRoot.activeElement
-  return now.getAttribute("aria-label") ?? (now.id || now.innerText) }"""
+  return now.getAttribute("aria-label") ?? (now.innerText || now.id) }"""
 
 
 def test_the_focus_is_not_lost(team: str, context: "BrowserContext") -> None:
@@ -585,7 +585,6 @@ def test_the_focus_is_not_lost(team: str, context: "BrowserContext") -> None:
     say(page, "Who am I?")
     page.get_by_role("button", name="Answer again").focus()
     page.keyboard.press("Enter")
-    page.get_by_text("The bot is answering.").or_(page.get_by_text("The answer is complete.")).wait_for()
     until("Conversation")  # where the button was: it is not there while the bot answers
     page.get_by_role("button", name="Delete").focus()
     page.keyboard.press("Enter")
