@@ -14,7 +14,7 @@ from typing import Any
 from .answer_html import answer_html
 from .background_jobs import Tell
 from .dashboard_pages import Desk, register_page
-from .dashboard_parts import JobView, action_button, begin_work, beside
+from .dashboard_parts import JobView, action_button, begin_work, beside, folded
 from .dashboard_views import empty_html, heading_html, html_pane, notice_html, place_text, table_html, toolkit
 from ..core.bot_diff import diff_bots, sections, summary
 from ..core.bot_facts import bot_facts
@@ -226,7 +226,7 @@ class ModelsPage(ModelsActions):
 
     def __init__(self, desk: Desk) -> None:
         super().__init__(desk)
-        panel, material = toolkit()
+        panel, _ = toolkit()
         self.overview, self.details, self.result = html_pane(NOTHING), html_pane(""), html_pane("")
         self.job = JobView(desk, self.done)
 
@@ -239,7 +239,7 @@ class ModelsPage(ModelsActions):
         adding = panel.Column(inputs, button("Register", self.register, "add"), sizing_mode="stretch_width")
         self.chosen = panel.Column(beside(self.name, self.version), beside(self.alias, self.gates), moves,
                                    beside(self.other, self.precision), looks, sizing_mode="stretch_width")  # fmt: skip
-        card = material.Card(adding, title="Register a bot", sizing_mode="stretch_width")
+        card = folded("Register a bot", adding, shut=False)
         self.view = panel.Column(html_pane(heading_html("Models", LEAD)), self.overview, self.chosen, self.job.view, self.result,
                                  self.details, card, sizing_mode="stretch_width")  # fmt: skip
         for widget in (self.name, self.version):
