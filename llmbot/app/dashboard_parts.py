@@ -85,9 +85,8 @@ class JobView:
         keep: bool = False,  # whether the job goes on when the visitor leaves
     ) -> None:
         panel, material = toolkit()
-        self.desk = desk
         self.job: Job | None = None
-        self.words, self.result = html_pane(""), done
+        self.desk, self.words, self.result = desk, html_pane(""), done
         self.cancel = material.Button(label="Cancel", icon="close", variant="outlined", visible=False, on_click=lambda event: self.end())
         self.view = panel.Column(self.words, self.cancel, sizing_mode="stretch_width")
         self.pulse = Pulse(desk, self.refresh, 300)
@@ -99,8 +98,7 @@ class JobView:
     def watch(self, job: Job) -> None:
         "Show a job; one that was watched before is ended."
         self.end()
-        self.job, self.cancel.visible = job, True
-        self.words.object = job_html(job)
+        self.job, self.cancel.visible, self.words.object = job, True, job_html(job)
         self.pulse.start()
 
     def end(self) -> None:

@@ -126,8 +126,7 @@ export function render({model, el}) {
   const submit = () => {
     if (model.busy || model.closed || !box.value.trim()) return
     send({act: "send", id: "", text: box.value})
-    box.value = ""
-    box.focus()
+    box.value = ""; box.focus()
   }
   const state = () => {
     go.disabled = model.busy || model.closed

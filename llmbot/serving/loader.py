@@ -91,7 +91,8 @@ class Loader:
         for other in others:
             if other.backend is not None and not other.memory:  # loaded when there was no budget
                 with contextlib.suppress(BotError):  # its files are gone: it could not be loaded again
-                    other.memory = await asyncio.to_thread(weights_memory, other.reference, cfg) or 0.0
+                    known = await asyncio.to_thread(weights_memory, other.reference, cfg)
+                    other.memory = known or 0.0 if other.backend is not None else 0.0  # it may have been unloaded meanwhile
         await make_room(need, cfg.serving.memory_budget_gb or float("inf"), engine.name, others)
         async with engine.gate:
             before = held_memory()

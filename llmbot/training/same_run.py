@@ -66,8 +66,8 @@ def run_record(
     own = OWN_SETTINGS["method"].made(cfg.training.method, cfg.method)
     method = {} if own is None else {name: getattr(own, name) for name in type(own).__pydantic_fields__}
     base = base_facts(cfg) if cfg.model.base and is_main() else None
-    record = {"config": to_dict(cfg) | {"method": method}, "data": data.fingerprint, "files": data.digests, "tokenizer": digest}
-    record |= {"processes": world_size(), "strategy": asked_strategy(cfg.training.strategy), "base": base}
+    record: dict[str, Any] = {"config": to_dict(cfg) | {"method": method}, "data": data.fingerprint, "files": data.digests}
+    record |= {"tokenizer": digest, "processes": world_size(), "strategy": asked_strategy(cfg.training.strategy), "base": base}
     return dict(json.loads(json.dumps(record, default=str)))
 
 
