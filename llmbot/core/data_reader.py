@@ -54,6 +54,8 @@ def find_sources(
         path = Path(name).expanduser()
         if name.startswith("hf:"):
             hub = name.removeprefix("hf:").partition("@")[0].partition(":")[0]
+            if not HUB_NAME.fullmatch(hub) and not (hub and Path(hub).is_dir()):
+                raise DataError(f"'{name}' is not a hub id. It should look like hf:openai/gsm8k.")
             if HUB_NAME.fullmatch(hub) and Path(hub).is_dir():
                 raise DataError(f"{name} means the data set on the hub, and a directory {hub} is here, which datasets would read in its "
                                 f"place. Write ./{hub} for its files, or hf:./{hub}; for the hub, rename it or work in another directory.")
