@@ -14,7 +14,7 @@ from typing import Any
 from ..core.recipe import write_atomically
 from .comparison import Comparison, comparison_lines
 from .page import folded, histogram, html_page, html_table, interval_plot, share_bar
-from .report import EvaluationReport, GroupResult
+from .report import EvaluationReport, GroupResult, upright
 
 # %% ../../nbs/evaluation/425_html_report.ipynb #af82523f
 def _facts(found: EvaluationReport | Comparison) -> str:
@@ -42,7 +42,7 @@ def evaluation_page(
     everything = GroupResult("all", report.rows, report.metrics, report.intervals)
     groups = [*report.groups, *([everything] if report.metrics else [])]
     names = list(dict.fromkeys(name for group in groups for name in group.metrics))
-    figures = html_table(["", "rows", *names], [[g.name, g.rows, *(g.cell(name) for name in names)] for g in groups])
+    figures = html_table(*upright(["", "rows", *names], [[g.name, g.rows, *(g.cell(name) for name in names)] for g in groups]))
     plots = ""
     for name in names:
         lines = [_line(name, g, f"{g.name} ({g.rows})") for g in groups if name in g.metrics]
