@@ -73,7 +73,7 @@ notebooks: $(VENV)/.dev ## Run the notebooks of the modules; the tutorials run u
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/nbdev_test --flags "$(FLAGS)" --skip_folder_re '^(tutorials|[_.].*)' --n_workers 2 --timing
 
 pytest: $(VENV)/.dev ## Run the tests of tests/
-	HF_HUB_OFFLINE=1 $(BIN)/pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
+	HF_HUB_OFFLINE=1 $(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # vLLM's CPU build has an environment of its own: three of the packages that it asks for are built for CUDA, and break transformers
 # beside a CPU torch. About two minutes and 4 GB.
