@@ -560,6 +560,41 @@ def test_requests_are_seen_and_ended(alone: tuple[str, Workplace], team: str, an
             for how, id in (("GET", ""), ("DELETE", "/mine"))] == [403, 403]
 
 
+FOCUSED = """() => { let now = document.activeElement; while (now?.shadowRoot?.activeElement) now = now.shadowRoot.activeElement
+  return now.getAttribute("aria-label") ?? (now.innerText || now.id) }"""
+
+
+def test_the_focus_is_not_lost(team: str, context: "BrowserContext") -> None:
+    "With a keyboard alone: a message comes and goes, a table is drawn anew, a button is used up; whoever presses Tab goes on from there."
+    def until(*names: str) -> None:
+        page.wait_for_function(f"names => names.some(name => ({FOCUSED})().includes(name))", arg=names)
+
+    page = enter(context, f"{team}/ui", ADMIN, "server")
+    page.get_by_role("button", name="Change").focus()
+    page.keyboard.press("Enter")
+    page.get_by_role("alert").wait_for()
+    until("Change")
+    page.get_by_role("button", name="Close this message").focus()
+    page.keyboard.press("Enter")
+    page.get_by_role("alert").wait_for(state="detached")
+    page.wait_for_function("() => document.activeElement !== document.body")
+    page.get_by_role("region", name="Bots").evaluate("table => { table.focus(); window.table = table }")
+    page.wait_for_function("() => !window.table.isConnected")  # it is drawn anew every two seconds
+    until("Bots")
+    page = enter(context, f"{team}/ui", ADMIN)
+    say(page, "Who am I?")
+    page.get_by_role("button", name="Answer again").evaluate("button => { button.focus(); window.button = button }")
+    page.keyboard.press("Enter")
+    page.wait_for_function("() => !window.button.isConnected")  # it is not there while the bot answers
+    until("Conversation", "Answer again")  # where it was; or the new one, when the bot is quicker than a look at the focus
+    page.get_by_role("button", name="Answer again").wait_for()
+    expect(page.get_by_role("button", name="Delete")).to_be_enabled()  # when the bot has answered
+    page.get_by_role("button", name="Delete").focus()
+    page.keyboard.press("Enter")
+    page.get_by_role("article").first.wait_for(state="detached")
+    until("message")
+
+
 def test_nothing_is_left_of_a_visitor_who_has_gone(alone: tuple[str, Workplace], another: "Callable[[], BrowserContext]") -> None:
     "bokeh-fastapi alone keeps the connections of closed browsers; the door takes them off."
     gc = __import__("gc")

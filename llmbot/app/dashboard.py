@@ -39,7 +39,7 @@ function keep_focus() {
   const name = e => [e.tagName, e.getAttribute("aria-label") ?? e.textContent, e.closest("[data-id]")?.dataset.id].join()
   const usable = e => e instanceof HTMLElement && e.isConnected && !e.disabled && e.checkVisibility()
   let around = [], known = ""
-  setInterval(() => {
+  const look = () => {
     let now = document.activeElement
     while (now?.shadowRoot?.activeElement) now = now.shadowRoot.activeElement
     if (now && now !== document.body) {
@@ -52,7 +52,9 @@ function keep_focus() {
       if (next.tabIndex < 0) next.tabIndex = -1
       next.focus()
     }
-  }, 100)
+  }
+  setInterval(look, 100)
+  for (const act of ["focusin", "keydown", "pointerdown"]) document.addEventListener(act, look, true)  // it may be gone in 100 ms
 }
 """
 

@@ -56,6 +56,7 @@ def pages_app(
 
     for name in ("bokeh.server.protocol_handler", "panel.reactive", "tornado.application"):
         logging.getLogger(name).addFilter(spared)  # a second time it changes nothing
+
     @contextlib.asynccontextmanager
     async def visits_end(app: FastAPI) -> AsyncIterator[None]:
         yield
