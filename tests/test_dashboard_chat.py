@@ -611,6 +611,23 @@ def test_nothing_is_left_of_a_visitor_who_has_gone(alone: tuple[str, Workplace],
         time.sleep(0.02)
 
 
+def test_the_menu_fits_the_width(team: str, context: "BrowserContext") -> None:
+    "It opens and closes where the width crosses the limit, and stays as the visitor has it between; a chosen page closes it if narrow."
+    page = enter(context, f"{team}/ui", ADMIN, "server")
+    page.get_by_role("button", name="Close drawer").click()
+    page.set_viewport_size({"width": 900, "height": 800})
+    page.get_by_role("button", name="Change").click()
+    page.get_by_role("alert").wait_for()  # so that what the server says of the width would be here
+    assert page.get_by_role("button", name="Close drawer").count() == 0
+    for width, label in ((400, "Open drawer"), (700, "Close drawer"), (599, "Open drawer")):
+        page.set_viewport_size({"width": width, "height": 800})
+        page.get_by_role("button", name=label).wait_for()
+    page.get_by_role("button", name="Open drawer").click()
+    page.get_by_role("button", name="Chat").click()
+    page.get_by_role("heading", name="Chat", exact=True).wait_for()
+    page.get_by_role("button", name="Open drawer").wait_for()
+
+
 # --- for everybody -----------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("page_name", ["chat", "server"])
@@ -619,6 +636,7 @@ def test_accessible(team: str, context: "BrowserContext", faults: Callable[["Pag
     page = enter(context, f"{team}/ui", ADMIN, page_name)
     if page_name == "chat":
         say(page, "What is 12 + 30?")
+        expect(page.get_by_role("button", name="Send")).to_be_enabled()  # its colour changes then
     else:
         page.get_by_role("table", name="Bots").wait_for()
     assert faults(page) == []
