@@ -392,7 +392,6 @@ def test_nothing_is_lost_before_a_page_is_ready(visit: "Callable[..., Page]", ad
         page = visit("data")
         unready = Unready(page, drawn.set)
         page.goto(f"{address}?page=probe")
-        page.get_by_role("button", name="Open drawer").click()
         page.get_by_role("button", name="Runs", exact=True).click()
         while not unready.kept:
             page.wait_for_timeout(20)  # lets Playwright hand on messages
