@@ -611,6 +611,23 @@ def test_nothing_is_left_of_a_visitor_who_has_gone(alone: tuple[str, Workplace],
         time.sleep(0.02)
 
 
+def test_dark_is_kept(team: str, context: "BrowserContext") -> None:
+    "A page that was dark is dark again when it is loaded again, and light when that was chosen."
+    page = enter(context, f"{team}/ui", ADMIN, "server")
+    page.get_by_role("button", name="Toggle theme").click()
+    page.wait_for_function("getComputedStyle(document.body).backgroundColor !== 'rgb(255, 255, 255)'")
+    page.reload()
+    page.get_by_role("heading", name="Server", exact=True).wait_for()
+    page.wait_for_function("getComputedStyle(document.body).backgroundColor !== 'rgb(255, 255, 255)'")
+    page.get_by_role("button", name="Toggle theme").click()
+    page.wait_for_function("getComputedStyle(document.body).backgroundColor === 'rgb(255, 255, 255)'")
+    page.reload()
+    page.get_by_role("heading", name="Server", exact=True).wait_for()
+    page.get_by_role("button", name="Close drawer").wait_for()
+    assert page.evaluate("[localStorage.getItem('llmbot-dark'), getComputedStyle(document.body).backgroundColor]") == \
+        ["false", "rgb(255, 255, 255)"]
+
+
 def test_the_menu_fits_the_width(team: str, context: "BrowserContext") -> None:
     "It opens and closes where the width crosses the limit, and stays as the visitor has it between; a chosen page closes it if narrow."
     page = enter(context, f"{team}/ui", ADMIN, "server")

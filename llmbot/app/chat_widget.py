@@ -30,7 +30,7 @@ class SamplingBox:
 
     def __init__(self, cfg: Config, system: str = ""):
         w, s = ipywidgets(), cfg.serving
-        wide = {"style": {"description_width": "9em"}, "layout": w.Layout(width="100%", max_width="30em")}
+        wide = {"style": {"description_width": "9em"}, "layout": w.Layout(width="auto", max_width="30em")}
         self.temperature = w.FloatSlider(description="Temperature", value=s.temperature, min=0, max=2, step=0.05, **wide)
         self.top_p = w.FloatSlider(description="Top p", value=s.top_p, min=0.05, max=1, step=0.05, **wide)
         self.longest = w.IntSlider(description="Longest answer", value=min(s.max_new_tokens, 1024), min=1, max=1024, **wide)
@@ -165,11 +165,11 @@ def turn_html(widget: ChatWidget, number: int) -> str:
     "A message as HTML that runs nothing."
     turn = widget.tree.turns[number]
     if turn.role == "user":
-        style = "white-space:pre-wrap;overflow-wrap:anywhere;background:rgba(128,128,128,.15);padding:6px"
+        style = "white-space:pre-wrap;overflow-wrap:anywhere;line-height:1.5;background:rgba(128,128,128,.15);padding:6px"
         return f'<div class="llmbot-user" style="{style}">{escape(turn.text)}</div>'
     likely = likelihood_html(turn.logprobs) if turn.logprobs else ""
     answer = f"{answer_html(turn.text)}{likely}<small>{escape(turn.note)}</small>"
-    return f'<div class="llmbot-answer" style="overflow-wrap:anywhere">{answer}</div>'
+    return f'<div class="llmbot-answer" style="overflow-wrap:anywhere;line-height:1.5">{answer}</div>'
 
 # %% ../../nbs/app/556_chat_widget.ipynb #7dedec10
 def judge(widget: ChatWidget, number: int, good: bool) -> None:
@@ -178,7 +178,7 @@ def judge(widget: ChatWidget, number: int, good: bool) -> None:
     about = {"bot": widget.source.name, "temperature": turn.temperature}
     made = widget.ballot.rate(widget.tree.messages(turn.parent, turn.system), turn.text, good, about, turn.stopped)
     turn.good = good
-    pairs = f", and {made} pairs in {widget.ballot.votes.name}" if made else ""
+    pairs = f", and {made} pair{'' if made == 1 else 's'} in {widget.ballot.votes.name}" if made else ""
     widget.tell(f"Kept in {widget.ballot.ratings.name}{pairs}.", "good")
     draw(widget)
 

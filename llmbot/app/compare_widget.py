@@ -39,7 +39,7 @@ class Column:
         "Draw the answer as it stands."
         self.answer = speaking
         answer = f"{answer_html(speaking.text)}<small>{speaking.note(self.known)}</small>"
-        self.body.value = f'<div class="llmbot-answer" style="overflow-wrap:anywhere">{answer}</div>'
+        self.body.value = f'<div class="llmbot-answer" style="overflow-wrap:anywhere;line-height:1.5">{answer}</div>'
 
     def failed(self, error: Exception) -> None:
         "Show what went wrong."
@@ -177,7 +177,8 @@ def vote(
         column.best.disabled = True
     widget.tie.disabled = True
     counted = ", ".join(f"{name} {count}" for name, count in widget.wins.most_common())
-    said = f"{kept} pairs kept in {widget.votes.name}. Votes: {counted}." if best else "No difference: nothing is kept."
+    pairs = "1 pair" if kept == 1 else f"{kept} pairs"
+    said = f"{pairs} kept in {widget.votes.name}. Votes: {counted}." if best else "No difference: nothing is kept."
     widget.tell("\n".join([said, *reasons]), "good" if kept else "")
 
 

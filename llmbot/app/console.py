@@ -25,7 +25,7 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-from ..core.errors import LLMBotError, TrainingError, storage_reason
+from ..core.errors import LLMBotError, TrainingError, in_order, storage_reason
 from ..core.processes import QUIET_FAILURES, launched_processes, lost_the_others, rank, record_failure
 
 # %% ../../nbs/app/510_console.ipynb #8812a197
@@ -74,7 +74,7 @@ def cell(
         return "yes" if value else "no"
     if isinstance(value, int):
         return f"{value:,}"
-    return f"{value:.4g}" if isinstance(value, float) else visible(str(value))
+    return f"{value:.4g}" if isinstance(value, float) else in_order(visible(str(value)))
 
 
 def table(

@@ -13,7 +13,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from ..core.errors import require
+from ..core.errors import in_order, require
 
 # %% ../../nbs/app/571_dashboard_views.ipynb #150c6323
 STYLE = """
@@ -79,7 +79,7 @@ def notice_html(
     kind: str = "info",  # info, success, warning or error
 ) -> str:
     "A message that stays; errors are read out at once."
-    return f"<div class='notice {escape(kind)}' role='{'alert' if kind == 'error' else 'status'}'>{escape(message)}</div>"
+    return f"<div class='notice {escape(kind)}' role='{'alert' if kind == 'error' else 'status'}'>{escape(in_order(message))}</div>"
 
 
 def facts_html(
@@ -101,7 +101,7 @@ def said(
         return f"{value:,}"
     if isinstance(value, float):
         return f"{value:,.3g}" if abs(value) < 999.5 else f"{value:,.0f}"
-    return str(value)
+    return in_order(str(value))
 
 
 def table_html(

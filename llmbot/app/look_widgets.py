@@ -36,7 +36,7 @@ class DataWidget(Shown):
         self.config = read_config(data) if is_recipe else Config()  # type: ignore[arg-type]
         files = self.config.data.train if is_recipe else [data] if isinstance(data, str | Path) else data
         formats = next(field for field in form_fields() if field.key == "data.format").choices
-        wide = {"style": {"description_width": "12em"}, "layout": w.Layout(width="100%")}
+        wide = {"style": {"description_width": "12em"}, "layout": w.Layout(width="auto")}
         self.files = w.Textarea(description="Files", value="\n".join(map(str, files)), rows=2, **wide)  # type: ignore[arg-type]
         self.format = w.Dropdown(description="Layout", options=formats, value=self.config.data.format, **wide)
         self.rows = w.IntText(description="Rows at most (0: all)", value=self.config.data.max_rows or 0, **wide)
@@ -92,11 +92,11 @@ def take_upload(
 def table_html(
     table: Table,  # heads and rows
 ) -> str:
-    "A table whose cells are text."
+    "A table whose cells are text; where there is no room for it, it scrolls sideways."
     heads, rows = table
     head = "".join(f"<th style='text-align:left;padding:1px 8px'>{escape(str(name))}</th>" for name in heads)
     body = "".join("<tr>" + "".join(f"<td style='padding:1px 8px'>{escape(cell(value))}</td>" for value in row) + "</tr>" for row in rows)
-    return f"<table><tr>{head}</tr>{body}</table>"
+    return f"<div style='overflow-x:auto'><table><tr>{head}</tr>{body}</table></div>"
 
 
 def curves_of(run: RunRecord) -> dict[str, Points]:
@@ -116,7 +116,7 @@ class RunsWidget(Shown):
     ):
         w = ipywidgets()
         self.root, self.runs = Path(root), list[RunRecord]()
-        wide = {"style": {"description_width": "7em"}, "layout": w.Layout(width="100%")}
+        wide = {"style": {"description_width": "7em"}, "layout": w.Layout(width="auto")}
         self.filter = w.Text(description="Filter", placeholder="words, such as dpo training.seed=42", **wide)
         self.chosen = w.SelectMultiple(description="Runs", rows=5, **wide)
         self.metric, self.again = w.Dropdown(description="Curve", **wide), w.Button(description="Look again")

@@ -25,7 +25,7 @@ def input_for(
     "The widget in which a field is filled in."
     w, text = ipywidgets(), to_text(value)
     look: dict[str, Any] = {"description": field.name, "tooltip": f"{field.help} ({field.expected})"}
-    look |= {"style": {"description_width": "12em"}, "layout": w.Layout(width="100%")}
+    look |= {"style": {"description_width": "12em"}, "layout": w.Layout(width="auto")}
     if field.type == "boolean":
         return w.Checkbox(value=bool(value), indent=True, **look)
     if field.type == "choice":
@@ -43,7 +43,7 @@ def input_for(
 def help_for(field: FormField) -> Any:  # an ipywidget
     "What stands below the widget."
     w = ipywidgets()
-    words = f'<small style="opacity:.75">{escape(field.help)}. {escape(field.expected)}</small>'
+    words = f'<small style="opacity:.75;display:block;line-height:1.4">{escape(field.help)}. {escape(field.expected)}</small>'
     return w.HTML(words, layout=w.Layout(margin="0 0 0 12.5em"))
 
 # %% ../../nbs/app/551_widget_form.ipynb #eff9e7f3
@@ -69,7 +69,8 @@ class FieldRow:
     @cached_property
     def errors(self) -> Any:
         "What is wrong with it, an ipywidget."
-        return ipywidgets().HTML(note("\n".join(self.reasons), "error"))
+        w = ipywidgets()
+        return w.HTML(note("\n".join(self.reasons), "error"), layout=w.Layout(margin="0 0 0 12.5em"))
 
     @cached_property
     def box(self) -> Any:
@@ -80,14 +81,6 @@ class FieldRow:
     def value(self) -> Any:
         "What is filled in."
         return self.input.value if "input" in vars(self) else self.first
-
-    def put(self, value: Any) -> None:
-        "Fill it in, without telling anybody."
-        self.first = value
-        if "input" in vars(self):
-            self.input.unobserve(self.changed, names="value")
-            self.input.value = value
-            self.input.observe(self.changed, names="value")
 
     def show(self, errors: list[str]) -> None:
         "Put errors beside the field, or take them away."
@@ -153,13 +146,17 @@ class RecipeForm(Shown):
         w = ipywidgets()
         self.start, self.on_change = cfg, on_change
         self.general, self.box = w.HTML(), w.VBox()
-        self.build(cfg)
+        self.build(cfg, {})
 
-    def build(self, cfg: Config) -> None:
+    def build(
+        self,
+        cfg: Config,
+        kept: Mapping[str, FieldRow],  # rows that stay as they are
+    ) -> None:
         "Make the rows, with the fields of the recipe's method."
         self.fields = form_fields(known_method(cfg.training.method))
         values = form_values(cfg, self.fields)
-        self.rows = {field.key: FieldRow(field, values[field.key], self.changed) for field in self.fields}
+        self.rows = {field.key: kept.get(field.key) or FieldRow(field, values[field.key], self.changed) for field in self.fields}
         self.folded = Folded(self.rows)
         self.box.children = [*(self.rows[key].box for key in FIRST), self.folded.box, self.general]
 
@@ -193,11 +190,9 @@ def checked(form: RecipeForm) -> FormCheck:
 
 
 def other_method(form: RecipeForm) -> None:
-    "Make the rows of another method, where it has other settings, and keep what was filled in."
+    "Make the rows of another method, where it has other settings; the others stay, as somebody may be filling one in by now."
     method = form.rows["training.method"].input.value
     if {field.key for field in form_fields(known_method(method))} == form.rows.keys():
         return
-    kept = {key: value for key, value in form.values().items() if not key.startswith("method.")}
-    form.build(Config(training=TrainingConfig(method=method)))
-    for key, value in kept.items():
-        form.rows[key].put(value)
+    kept = {key: row for key, row in form.rows.items() if not key.startswith("method.")}
+    form.build(Config(training=TrainingConfig(method=method)), kept)

@@ -12,8 +12,9 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from .bot import Manifest, bots_directory, is_bot, read_manifest
+from .bot import Manifest, bot_digest, bots_directory, is_bot, read_manifest
 from .bot_facts import bot_facts, manifest_of
+from .errors import in_order
 from .model_card import EXPORT_METHOD, digest_of
 from .registry import parent_digests, read_record
 from .registry_layout import Place, all_places, read_aliases, read_each, registry_directory
@@ -82,9 +83,9 @@ class Lineage:
     def _repr_html_(self) -> str:
         def draw(node: Node) -> str:
             below = "".join(map(draw, node.sources))
-            return f"<li>{escape(str(node))}{f'<ul>{below}</ul>' if below else ''}</li>"
+            return f"<li>{escape(in_order(str(node)))}{f'<ul>{below}</ul>' if below else ''}</li>"
 
-        made = f"<p>Made from it: {escape(', '.join(self.children))}</p>" if self.children else ""
+        made = f"<p>Made from it: {escape(in_order(', '.join(self.children)))}</p>" if self.children else ""
         return f'<ul class="llmbot-lineage">{draw(self.root)}</ul>{made}'
 
 
@@ -118,12 +119,14 @@ def directory_with(
     digest: str,  # of what is wanted
     child: Path,  # the directory of the bot whose parent it is
 ) -> Path | None:
-    "Where a parent outside the registry lies, by the digest in its own manifest."
+    "Where a parent outside the registry lies, by the digest in its own manifest; of a folder without one by that of its files."
     if not ref or ref.startswith("hf:"):
         return None
     for place in (child / ref, Path(ref), bots_directory() / ref, child.resolve().parent / Path(ref).name):
-        if place.is_dir() and is_bot(place) and (found := read_manifest(place)) and digest_of(found.files) == digest:
-            return place
+        if place.is_dir() and is_bot(place):
+            found = read_manifest(place)
+            if (digest_of(found.files) if found else bot_digest(place)) == digest:
+                return place
     return None
 
 # %% ../../nbs/core/063_lineage.ipynb #ae3bc5e4

@@ -303,7 +303,7 @@ def terminal_view(report: PreflightReport, samples: int = 3) -> RenderableType:
 _STYLE = """<style>.llmbot-data{font:13px/1.5 system-ui,sans-serif;max-width:60em}.llmbot-data td{text-align:left;padding:1px 8px;
 vertical-align:top}.llmbot-data pre{white-space:pre-wrap;background:rgba(128,128,128,.1);padding:8px;border-radius:4px}.llmbot-data
 mark{background:rgba(46,160,67,.35);color:inherit}.llmbot-data .bar{background:#2b8cbe;height:9px;display:inline-block}.llmbot-data
-.e{color:#d1242f}.llmbot-data .w{color:#9a6700}</style>"""
+.e{color:color-mix(in srgb,#d1242f 65%,currentColor)}.llmbot-data .w{color:color-mix(in srgb,#9a6700 65%,currentColor)}</style>"""
 
 
 def _html_table(rows: Sequence[Sequence[Any]]) -> str:
