@@ -58,7 +58,7 @@ function keep_focus() {
 }
 """
 
-# %% ../../nbs/app/573_dashboard.ipynb #35186f91
+# %% ../../nbs/app/573_dashboard.ipynb #ad1cf503
 KEEP_DARK = """
 function keep_dark(page) {
   const name = "llmbot-dark"
@@ -72,6 +72,7 @@ function keep_dark(page) {
 }
 """
 
+# %% ../../nbs/app/573_dashboard.ipynb #35186f91
 NARROW = 600  # CSS pixels below which the menu is closed: the breakpoint "sm" of Material, at which its drawer covers the page
 NO_BAR = {"& .MuiLinearProgress-root": {"display": "none"}}  # Panel's sign of work has no name for a screen reader; pages say what goes on
 TELL_WIDTH = TELL_LOSS + KEEP_FOCUS + KEEP_DARK + f"""
