@@ -381,7 +381,7 @@ def test_a_kill_leaves_no_export(home: Path, tmp_path: Path) -> None:
 def test_a_real_model_by_the_command_line(shared: Path, tmp_path: Path) -> None:
     "stories260K: heads of 8, so its rotary embeddings stand outside the attention operator."
     source, data = shared / "models" / "stories260K", tmp_path / "rows.txt"
-    data.write_text("Once upon a time, there was a little girl named Lily. She loved to play outside in the park.\n" * 3)
+    data.write_text("Once upon a time, there was a little girl named Lily. She loved to play outside in the park.\n" * 30)
 
     def run(precision: str, *more: str) -> subprocess.CompletedProcess[str]:
         command = ["llmbot", "export", "onnx", str(source), "--precision", precision, "-o", str(tmp_path / precision), *more]
@@ -392,6 +392,7 @@ def test_a_real_model_by_the_command_line(shared: Path, tmp_path: Path) -> None:
     report = json.loads(done.stdout)
     assert report["logit_difference"] < 1e-3
     assert report["greedy_agreement"] == 1
+    assert report["positions"] >= 512  # a row that fills the context
     assert "rows.txt" in report["rows"]
     refused = run("int4", "--tolerance", "0.001")
     assert refused.returncode == BotError.exit_code

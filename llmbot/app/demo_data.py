@@ -62,11 +62,11 @@ MADE_UP_WORDS = 2500
 def made_up_word(
     rng: random.Random,  # decides the letters
 ) -> str:  # 3 to 7 letters
-    "Consonants and vowels that mostly take turns, such as 'mopinat'."
+    "Consonants and vowels that often take turns, such as 'mopinat'; where they always did, the bot would learn that in place of spelling."
     letters, vowel = [], rng.random() < 0.3
     for _ in range(rng.randint(3, 7)):
         letters.append(rng.choice(VOWELS if vowel else CONSONANTS))
-        vowel = (not vowel) if rng.random() < 0.8 else vowel
+        vowel = (not vowel) if rng.random() < 0.7 else vowel
     return "".join(letters)
 
 

@@ -27,7 +27,7 @@ SHAPE = {
 RECIPES: dict[str, dict[str, Any]] = {
     "sft": {
         **{f"model.{name}": size for name, size in SHAPE.items()},
-        "training.learning_rate": 3e-3, "training.max_steps": 1800, "data.train": "train",
+        "training.learning_rate": 3e-3, "training.max_steps": 2000, "data.train": "train",
     },
     "lora": {
         "training.learning_rate": 3e-3, "training.max_steps": 2000, "training.per_device_batch_size": 32, "data.train": "subtraction",

@@ -189,7 +189,7 @@ def onnx_logits(
     import onnxruntime_genai as genai
 
     params = genai.GeneratorParams(model)
-    params.set_search_options(max_length=len(row) + 1, batch_size=1)
+    params.set_search_options(max_length=len(row), batch_size=1)
     generator, half = genai.Generator(model, params), (len(row) + 1) // 2
     generator.append_tokens(np.asarray(row[:half], dtype=np.int32))
     found = [np.asarray(generator.get_output("logits")[0], dtype=np.float32)]
