@@ -65,6 +65,10 @@ def judge(rule: Callable[[str, str], str], busy: int = 0) -> Iterator[tuple[str,
             refusals[0] += 1
             raise HTTPException(503, headers={"Retry-After": "0"})
         body = await request.json()
+        if body["model"] not in ("scripted", "alias"):
+            raise HTTPException(404, f"there is no model {body['model']}")
+        if "[Answer A]" not in body["messages"][-1]["content"]:
+            return {"choices": [{"message": {"content": "Hello"}, "finish_reason": "stop"}]}
         asked.append(body["messages"][-1]["content"])
         return {"choices": [{"message": {"content": rule(*answers_of(asked[-1]))}, "finish_reason": "stop"}]}
 
@@ -217,6 +221,11 @@ def test_who_is_missing_is_found_before_anybody_is_asked(bots: list[Path], tmp_p
         compare_bots(bots[0], bots[1], rows, judge=tmp_path / "absent", **ask)
     with pytest.raises(RequestError, match="cannot be reached"):
         compare_bots(bots[0], bots[1], rows, judge=gone, judge_settings={"retries": 0}, **ask)
+    with judge(longer) as (url, asked):
+        with pytest.raises(ConfigError, match=r"has no model 'nobody'\. It has scripted"):
+            compare_bots(bots[0], bots[1], rows, judge=f"{url}#nobody", **ask)
+        assert not asked
+        compare_bots(f"{url}#alias", f"{url}#alias", rows, judge=f"{url}#alias", **{**ask, "model": None})
     (tmp_path / "kept.second.jsonl").write_text('{"key": {"bot": "another"}}\n')
     with pytest.raises(ConfigError, match="answers of another run"):
         compare_bots(bots[0], bots[1], rows, keep=tmp_path / "kept.jsonl", **ask)

@@ -56,6 +56,8 @@ def test_limit_of_a_key(bots: list[str]) -> None:
         assert caught.value.code == "rate_limit_exceeded"
         assert 3500 < int(caught.value.response.headers["retry-after"]) <= 3600
         assert caught.value.response.headers["x-request-id"]
+        told = [caught.value.response.headers[f"x-ratelimit-{name}-requests"] for name in ("limit", "remaining", "reset")]
+        assert told == ["2", "0", f"{caught.value.response.headers['retry-after']}s"]
         assert httpx.get(f"{url}/models", headers=ADMIN).headers["x-ratelimit-remaining-requests"] == "1"  # a key of its own
         assert [httpx.get(f"{url}/health").status_code for _ in range(4)] == [200] * 4
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gzip
 import json
 import os
 import signal
@@ -221,6 +222,10 @@ def test_context_length(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         client.chat.completions.create(model="alice", messages=[{"role": "user", "content": "word " * 3000}])
     assert caught.value.code == "context_length_exceeded"
+    for most in (0, 1):  # the limit of the answer is not what is wrong
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.completions.create(model="alice", prompt=[5] * 10_000, max_tokens=most, echo=True)
+        assert (caught.value.param, "max_tokens" in caught.value.message) == ("prompt", False)
 
 
 # The project's own endpoints
@@ -297,6 +302,9 @@ def test_bad_bodies(url: str, path: str) -> None:
         assert answer.status_code == status, (body[:60], answer.text)
         assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
     assert httpx.post(url + path, data={"messages": "x"}).status_code == 415
+    zipped = gzip.compress(b'{"messages": [{"role": "user", "content": "Hi"}]}')
+    answer = httpx.post(url + path, content=zipped, headers={"Content-Type": "application/json", "Content-Encoding": "gzip"})
+    assert (answer.status_code, "Content-Encoding: gzip" in answer.json()["error"]["message"]) == (415, True)
     assert httpx.get(url + path).json()["error"]["message"] == "GET is not allowed here"
     assert httpx.get(f"{url}/v2/nothing").status_code == 404
 

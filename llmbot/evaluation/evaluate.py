@@ -61,7 +61,7 @@ def check_metrics(
     tokenizer: bool = False,  # that of the server's model is here
 ) -> tuple[bool, bool]:  # whether answers and likelihood are needed
     "Raises `ConfigError` for a metric that does not exist or is not possible, and for none at all."
-    of_answers = [get_metric(name).name for name in metrics if name not in LIKELIHOOD]
+    of_answers = [get_metric(name, LIKELIHOOD).name for name in metrics if name not in LIKELIHOOD]
     of_likelihood = [name for name in metrics if name in LIKELIHOOD]
     if not metrics:
         raise ConfigError("there is no metric to compute: name some, such as exact_match or perplexity")

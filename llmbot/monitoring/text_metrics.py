@@ -92,14 +92,18 @@ def text_metrics() -> dict[str, TextMetric]:  # by name
     return dict(sorted(_metrics.items()))
 
 
-def get_metric(name: str) -> TextMetric:
-    "A metric by its name, or a function `(answer, reference) -> score` as `module:function`. Raises `ConfigError` with the nearest name."
+def get_metric(
+    name: str,  # of a metric, or a function `(answer, reference) -> score` as `module:function`
+    also: Sequence[str] = (),  # figures that the caller knows beside these, for the refusal
+) -> TextMetric:
+    "A metric by its name. Raises `ConfigError` with the nearest name."
     if ":" in name:
         return _imported(name)
     if name not in text_metrics():
-        near = difflib.get_close_matches(name, _metrics, n=1)
+        known = sorted([*_metrics, *also])
+        near = difflib.get_close_matches(name, known, n=1)
         hint = f"Did you mean '{near[0]}'? " if near else ""
-        raise ConfigError(f"there is no metric '{name}'. {hint}Known: {', '.join(sorted(_metrics))}.")
+        raise ConfigError(f"there is no metric '{name}'. {hint}Known: {', '.join(known)}.")
     return _metrics[name]
 
 # %% ../../nbs/monitoring/110_text_metrics.ipynb #dbd38b99

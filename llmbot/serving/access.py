@@ -11,7 +11,7 @@ import hmac
 import math
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -68,6 +68,7 @@ class Keys:
 class RateLimitError(RequestError):
     "The key has made as many requests as it may for now."
     status: ClassVar[int] = 429
+    headers: Mapping[str, str] = {}  # that say what is left
 
 
 LIMIT_HEADERS = tuple(f"x-ratelimit-{name}-requests" for name in ("limit", "remaining", "reset"))  # as OpenAI has them
@@ -102,10 +103,13 @@ class RateLimits:
         allowed = await self._window.hit(self.item, key)
         free_at, left = await self._window.get_window_stats(self.item, key)
         wait = max(math.ceil(free_at - time.time()), 1)
+        told = dict(zip(LIMIT_HEADERS, (str(self.item.amount), str(max(left, 0)), f"{wait}s"), strict=True))
         if not allowed:
             message = f"the limit of this key is {self.item}; try again in {wait} seconds"
-            raise RateLimitError(message, code="rate_limit_exceeded", retry_after=wait)
-        return dict(zip(LIMIT_HEADERS, (str(self.item.amount), str(max(left, 0)), f"{wait}s"), strict=True))
+            refused = RateLimitError(message, code="rate_limit_exceeded", retry_after=wait)
+            refused.headers = told
+            raise refused
+        return told
 
     async def left(
         self,
@@ -152,8 +156,8 @@ async def counted(
     try:
         left = await limits.take(key.name)
     except RateLimitError as exc:
-        wait = {"Retry-After": str(math.ceil(exc.retry_after or 1))}
-        return await error_response(429, str(exc), code=exc.code, headers=wait)(scope, receive, send)
+        headers = {**exc.headers, "Retry-After": str(math.ceil(exc.retry_after or 1))}
+        return await error_response(429, str(exc), code=exc.code, headers=headers)(scope, receive, send)
     except Exception as exc:  # of whatever client the storage uses
         logger.error("requests cannot be counted", exc_info=exc)
         message = "requests cannot be counted at the moment, so none are let in"

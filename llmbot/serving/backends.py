@@ -176,11 +176,14 @@ def check_context(
     if not prompt and request.messages is None:
         raise RequestError("the prompt is empty; send at least one token", param="prompt", code="empty_prompt")
     if prompt + new > context_length:
-        room = context_length - prompt
-        advice = f"ask for at most {room} new tokens" if room > 0 else f"shorten the prompt by {1 - room} tokens"
-        asked = f"the prompt has {prompt} tokens and max_new_tokens is {new}"
-        message = f"{asked}, which is more than the context of {context_length}; {advice}"
-        raise RequestError(message, param="max_new_tokens" if room > 0 else "prompt", code="context_length_exceeded")
+        room, long = context_length - prompt, f"the prompt has {prompt} tokens"
+        if room <= 0:
+            message = (f"{long}, and the context of {context_length} must have room for one more; "
+                       f"leave out at least {1 - room} of its tokens")
+            raise RequestError(message, param="prompt", code="context_length_exceeded")
+        message = (f"{long} and max_new_tokens is {new}, which is more than the context of {context_length}; "
+                   f"ask for at most {room} new tokens")
+        raise RequestError(message, param="max_new_tokens", code="context_length_exceeded")
 
 # %% ../../nbs/serving/304_backends.ipynb #050e4e78
 def check_request(

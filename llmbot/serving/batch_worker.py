@@ -235,7 +235,7 @@ class Worker(Turns):
             while self._collect():
                 self._deliver(self._runner.step())
         except BaseException as exc:
-            error = EngineDeadError(f"the engine has crashed: {type(exc).__name__}: {exc}")
+            error = EngineDeadError(f"its thread ended with {type(exc).__name__}: {exc}")
             error.__cause__ = exc
         finally:
             _tell_all(self, error)

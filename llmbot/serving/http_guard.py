@@ -165,6 +165,10 @@ class StrictRoute(APIRoute):
             media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
             if self.body_field is not None and media_type != "application/json":
                 raise HTTPException(415, f"the body must be sent as Content-Type: application/json, not {media_type!r}")
+            encoding = request.headers.get("content-encoding", "").strip().lower()
+            if self.body_field is not None and encoding not in ("", "identity"):
+                message = f"the body must be sent as it is, not with Content-Encoding: {encoding[:50]}"
+                raise HTTPException(415, message, {"Accept-Encoding": "identity"})
             return await handle(StrictRequest(request.scope, request.receive))
 
         return strict
