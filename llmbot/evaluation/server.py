@@ -151,7 +151,7 @@ def open_server(
     server.name = run_apart(find())
     return server
 
-
+# %% ../../nbs/evaluation/407_server.ipynb #c0ffee07
 async def reach(
     server: ChatServer,  # entered
     model: str,  # its name there

@@ -73,7 +73,7 @@ class RateLimitError(RequestError):
 
 LIMIT_HEADERS = tuple(f"x-ratelimit-{name}-requests" for name in ("limit", "remaining", "reset"))  # as OpenAI has them
 
-
+# %% ../../nbs/serving/362_access.ipynb #c0ffee62
 class RateLimits:
     "Counts the requests of each key in a moving window."
 
