@@ -13,6 +13,7 @@ from tiny_bots import make_bot
 from llmbot.core.config import Config
 from llmbot.core.errors import TrainingError
 from llmbot.training import bot_trainer, preference_trainer
+from llmbot.training.launch import run_directory
 
 
 def recipe(home: Path, **changes: object) -> Config:
@@ -55,9 +56,10 @@ def test_in_the_step_of_the_optimizer(tmp_path: Path, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(("call", "where"), [(1, "before the training, after step 0"), (2, "evaluation, after step 2"),
                                               (4, "evaluation, after step 4")])  # fmt: skip
 def test_in_the_evaluation(tmp_path: Path, call: int, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    "Before the training, on the way, and after it."
+    "Before the training, on the way, and after it; what has not come to its first step leaves no run in the way of the next start."
     fails(monkeypatch, bot_trainer, "heldout_likelihood", call)
-    said = told(recipe(tmp_path, **{"training.eval_steps": 2, "training.per_device_eval_batch_size": 6}))
+    said = told(cfg := recipe(tmp_path, **{"training.eval_steps": 2, "training.per_device_eval_batch_size": 6}))
+    assert run_directory(cfg.training.output_dir).exists() == (call > 1)
     assert where in said
     assert "with 6 rows" in said
     assert "training.per_device_eval_batch_size=3" in said

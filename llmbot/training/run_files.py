@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['State', 'OVER', 'LIVE', 'LAUNCH', 'LAUNCHED', 'RunStatus', 'process_born', 'is_there', 'live_dir', 'put_json',
-           'get_json', 'read_status', 'read_history', 'send', 'read_answer', 'launched_here', 'clear_run',
+           'get_json', 'read_status', 'read_history', 'send', 'read_answer', 'launched_here', 'clear_run', 'beginning',
            'check_run_dir', 'held']
 
 # %% ../../nbs/training/201_run_files.ipynb #04bbf3b2
@@ -16,7 +16,7 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -186,6 +186,27 @@ def clear_run(
             shutil.rmtree(path)
         elif path.name != LIVE:
             path.unlink()
+
+
+@contextmanager
+def beginning(
+    run_dir: Path,  # OUTPUT_DIR.run
+    resume: bool,  # whether the run began earlier: then all of it stays
+    say: Callable[[str], None],  # tells a person what was done
+) -> Iterator[None]:
+    "Remove a run that ends within the block, before its first step: it holds nothing to go on from, and would stand in the way."
+    try:
+        yield
+    except BaseException as exc:
+        if not resume and is_main():
+            began = (run_dir / "run.json").is_file()
+            clear_run(run_dir)
+            left = f"{run_dir} {'keeps only how it ended' if run_dir.exists() else 'is removed'}: the run had not come to its first step"
+            if isinstance(exc, KeyboardInterrupt):
+                exc.args = (left := f"Stopped. {left}. Start it again without --resume.",)
+            if began or isinstance(exc, KeyboardInterrupt):
+                say(left)
+        raise
 
 
 def check_run_dir(

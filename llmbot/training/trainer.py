@@ -41,7 +41,7 @@ from .live import reachable
 from .lora_trainer import write_bot
 from .methods import TrainingMethod, TrainingRun, asked_strategy, check_base, check_strategy, get_method
 from .methods import resolve_rate, settings_for
-from .run_files import check_run_dir, clear_run, get_json, held
+from .run_files import beginning, check_run_dir, clear_run, get_json, held
 from .run_tracking import begin_tracking, closing_trackers, data_facts, end_tracking, make_callbacks
 from .safeguards import memory_told
 from .same_run import check_resume, run_record
@@ -288,22 +288,18 @@ def train(
         with main_first():
             run_dir = open_run(cfg, resume)
         with reachable(run_dir, control, say) as live:
-            try:
+            with beginning(run_dir, resume, say):
                 run = prepare_run(cfg, method, run_dir, resume, console)
                 trainer = served(method.build(run), run)
                 check_processes(trainer, asked_strategy(cfg.training.strategy))
-            except BaseException:
-                if not resume and is_main():
-                    clear_run(run_dir)  # a run that never began leaves nothing
-                raise
-            trainer.say = say
-            if warning := unguarded(trainer, cfg):
-                say(warning)
-            with main_first():  # rank 0 puts damaged checkpoints aside, and the others find the same one
-                checkpoint = resume_point(run_dir / "checkpoints", say) if resume else None
-            if resume:
-                say(f"resuming from {checkpoint.name if checkpoint else 'the start: no checkpoint was complete yet'}")
-            baseline = read_or_measure_baseline(trainer, run, resume)
+                trainer.say = say
+                if warning := unguarded(trainer, cfg):
+                    say(warning)
+                with main_first():  # rank 0 puts damaged checkpoints aside, and the others find the same one
+                    checkpoint = resume_point(run_dir / "checkpoints", say) if resume else None
+                if resume:
+                    say(f"resuming from {checkpoint.name if checkpoint else 'the start: no checkpoint was complete yet'}")
+                baseline = read_or_measure_baseline(trainer, run, resume)
             live.watch(trainer, steer := ControlCallback(control, run.chat, method.data_kind != "text", getattr(trainer, "budget", None)))
             seconds = take_steps(trainer, run, steer, checkpoint)
             with closing_trackers(run, say):
