@@ -26,7 +26,7 @@ from llmbot.core.errors import TrainingError
 from llmbot.training.bot_trainer import BotTrainer
 from llmbot.training.checkpoints import STAGING, checkpoint_fault, checkpoints_in
 from llmbot.training.control import Interrupted, Terminated, TrainingControl, TrainingStopped
-from llmbot.training.run_files import read_status
+from llmbot.training.run_files import process_born, read_status
 from llmbot.training.self_test import (
     SelfTest,
     differences,
@@ -333,6 +333,30 @@ def test_self_test_of_a_recipe(tmp_path: Path) -> None:
     seen = self_test(recipe(tmp_path), kills=2, steps=3, seed=3)
     assert seen.passed
     assert seen.kills == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_self_test_that_is_ended_leaves_nothing(tmp_path: Path, number: int) -> None:
+    "Neither its directory nor the run that it had started."
+    path, _ = written(tmp_path)
+    (place := tmp_path / "temporary").mkdir()
+    command = [recipes.LLMBOT, "train", str(path), "--self-test"]
+    process = subprocess.Popen(command, env=recipes.ENV | {"TMPDIR": str(place)}, stderr=subprocess.PIPE, text=True)
+    try:
+        until = time.monotonic() + 400
+        while not (found := list(place.glob("llmbot-self-test-*/*/*.run/live/status.json"))) and time.monotonic() < until:
+            time.sleep(0.05)
+        run = json.loads(found[0].read_text())["pid"]
+        process.send_signal(number)
+        said = process.communicate(timeout=200)[1]
+    finally:
+        process.kill()
+    assert process.returncode == 128 + number
+    assert "Traceback" not in said
+    assert "--resume" not in said
+    assert not list(place.glob("llmbot-self-test-*"))
+    assert process_born(run) is None
 
 
 UNSTEADY = """
