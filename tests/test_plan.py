@@ -273,11 +273,28 @@ def test_what_does_not_fit_gets_changes_that_do(tmp_path: Path) -> None:
         ({}, "H1000", ConfigError, "Did you mean H100"),
         ({"data.train": "[]"}, None, ConfigError, "data.train is empty"),
         ({"data.train": "nowhere.jsonl"}, None, DataError, "nowhere.jsonl"),
+        ({"training.fused_loss": "liger"}, None, ConfigError, r"run on CUDA, and this run is on cpu.*device H100"),
+        ({"training.precision": "fp16", "model.device": "auto"}, None, ConfigError, r"CPUs do not train in.*device H100"),
+        ({"training.method": "dpo", "training.fused_loss": "chunked"}, "H100", ConfigError, r"dpo has a loss of its own: use 'auto'\.$"),
     ],
 )
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU can do some of it")
 def test_mistakes(tmp_path: Path, changes: dict[str, object], device: str | None, error: type[Exception], message: str) -> None:
+    rows = sums() if changes.get("training.method") == "dpo" else ROWS
     with pytest.raises(error, match=message):
-        plan(recipe(tmp_path, ROWS, **changes), device=device)
+        plan(recipe(tmp_path, rows, **changes), device=device)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU can train it")
+@pytest.mark.parametrize(("setting", "reason"), [("training.fused_loss=liger", "run on CUDA"), ("training.precision=fp16", "CPUs do not train")])
+def test_what_this_machine_cannot_train_is_planned_for_another(tmp_path: Path, setting: str, reason: str) -> None:
+    "The named GPU has its figures, and the machine at hand has none, but a reason."
+    name, value = setting.split("=")
+    found = plan(recipe(tmp_path, ROWS, **{name: value, "model.device": "auto"}), device="L4")
+    assert found.chosen.device.name == "L4"
+    assert found.chosen.fits
+    assert not any(e.device.measured for e in found.devices)
+    assert any("This machine cannot train it" in note and reason in note for note in found.notes)
 
 
 def test_a_base_in_a_format_of_another_library(tmp_path: Path) -> None:

@@ -20,8 +20,13 @@ if TYPE_CHECKING:
 def resolve_loss(
     fused_loss: str,  # "auto", "none", "liger" or "chunked", as in the recipe
     device: str,  # "cpu", "cuda" or "mps"
+    own: str = "",  # name of a method with a loss of its own; empty: the next token's
 ) -> str:  # "none", "liger" or "chunked"
-    "The loss to use. Raises `ConfigError` when Liger is asked for and cannot be had."
+    "The loss to use. Raises `ConfigError` when one is asked for that cannot be had."
+    if own and fused_loss in ("liger", "chunked"):
+        raise ConfigError(f"training.fused_loss is '{fused_loss}', and {own} has a loss of its own: use 'auto'.")
+    if own:
+        return "none"
     installed = importlib.util.find_spec("liger_kernel") is not None
     if fused_loss == "auto":
         return "liger" if installed and device == "cuda" else "none"

@@ -301,12 +301,8 @@ def fuse_loss(
     kind: type[BotTrainer],  # the trainer to come
 ) -> str:  # "none", "liger" or "chunked"
     "The loss that the recipe asks for. Raises `ConfigError` where it cannot be had."
-    asked = run.config.training.fused_loss
-    if kind.summed_loss is not BotTrainer.summed_loss:
-        if asked in ("liger", "chunked"):
-            raise ConfigError(f"training.fused_loss is '{asked}', and {run.config.training.method} has a loss of its own: use 'auto'.")
-        return "none"
-    loss = resolve_loss(asked, run.device)
+    own = kind.summed_loss is not BotTrainer.summed_loss
+    loss = resolve_loss(run.config.training.fused_loss, run.device, run.config.training.method if own else "")
     if loss == "chunked":
         chunk_loss(run.model.get_base_model() if hasattr(run.model, "peft_config") else run.model)
     return loss

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LARGE', 'amount', 'time_text', 'settings_text', 'TrainingPlan', 'plain_table', 'facts_view', 'memory_view',
-           'device_row', 'plan_view', 'notes_of', 'look_at_data', 'look_at', 'plan']
+           'device_row', 'plan_view', 'notes_of', 'look_at_data', 'look_at', 'not_here', 'plan']
 
 # %% ../../nbs/training/238_plan.ipynb #d3fcb7e9
 import dataclasses
@@ -26,6 +26,7 @@ from ..core.data_processor import PREVIEW_ROWS, prepare_data
 from ..core.data_reader import find_sources
 from ..core.devices import GPUS, Device, find_device, measure_device
 from ..core.errors import ConfigError
+from ..core.losses import resolve_loss
 from ..core.model_manager import load_bot, pick_device
 from ..core.parameters import Operations, Parameters, operations
 from ..core.peak_memory import PURPOSES, MemoryPlan
@@ -33,6 +34,7 @@ from .methods import check_base, resolve_precision, settings_for
 from llmbot.training.outlook import (
     EFFICIENCY, MEASURED_EFFICIENCY, Batches, Change, Estimate, Judge, Outlook, answered, batches_of, more_passes,
 )
+from .traced_losses import LOSSES
 from .trainer import check_evaluation, check_recipe, fit_chat_template, make_tokenizer, sequence_length
 
 # %% ../../nbs/training/238_plan.ipynb #e61efc7b
@@ -239,6 +241,24 @@ def look_at(
         config = qwen3_config(cfg.model, -(-len(tokenizer) // 64) * 64)
     return Outlook(cfg, config, batches, method.data_kind)
 
+# %% ../../nbs/training/238_plan.ipynb #032c7351
+def not_here(
+    outlook: Outlook,  # of the recipe
+    at_hand: str,  # "cpu", "cuda" or "mps"
+    elsewhere: bool,  # whether a device was named to plan for
+) -> str:  # empty: it can
+    "Why the run cannot be made on the device at hand. Raises `ConfigError` where it is planned for that one, or can be made nowhere."
+    t, own = outlook.cfg.training, outlook.cfg.training.method if outlook.kind in LOSSES else ""
+    try:
+        resolve_precision(t.precision, at_hand, outlook.config.hidden_size)
+        resolve_loss(t.fused_loss, at_hand, own)
+    except ConfigError as exc:
+        if elsewhere and not (own and t.fused_loss in ("liger", "chunked")):
+            return str(exc)
+        hint = "" if own else " To plan it for a GPU, name one: --device H100, or plan(cfg, device='H100')."
+        raise ConfigError(f"{exc}{hint}") from exc
+    return ""
+
 # %% ../../nbs/training/238_plan.ipynb #032c7355
 def plan(
     cfg: Config,  # the recipe
@@ -253,15 +273,17 @@ def plan(
     outlook = look_at(replace(cfg, model=replace(cfg.model, device="auto")))
     config, batches, asked = outlook.config, outlook.batches, cfg.training.precision
     at_hand = pick_device("auto")
-    precision = resolve_precision(asked, at_hand, config.hidden_size)
+    missing = not_here(outlook, at_hand, wanted is not None)
+    precision = "fp32" if missing else resolve_precision(asked, at_hand, config.hidden_size)
     here = measure_device(at_hand, precision, config, batches.micro_batch * batches.longest)
     judge, parameters = Judge(outlook), outlook.parameters
     there = [(d, ("bf16" if d.has_bf16 else "fp32") if asked == "auto" else asked, True) for d in GPUS.values()]
-    places = [(here, precision, at_hand.startswith("cuda")), *there]
+    places = [*([] if missing else [(here, precision, at_hand.startswith("cuda"))]), *there]
     devices = [judge.estimate(*place) for place in places]
+    notes = notes_of(outlook, here) + ([f"This machine cannot train it. {missing}"] if missing else [])
     index = next((i for i, (d, _, _) in enumerate(places) if d is wanted), 0)
     chosen, (_, precision, on_gpu) = devices[index], places[index]
     shape = f"{config.model_type}, {config.num_hidden_layers} layers, width {config.hidden_size:,}, vocabulary {config.vocab_size:,}"
     each = operations(config, parameters, batches.longest, more_passes(outlook))
     return TrainingPlan(cfg.training.method, shape, parameters, batches, each, judge.memory((), outlook, precision, on_gpu), chosen,
-        [] if chosen.fits else judge.changes(precision, on_gpu), devices, notes_of(outlook, here))
+        [] if chosen.fits else judge.changes(precision, on_gpu), devices, notes)
