@@ -165,7 +165,9 @@ def out_of_memory(
 
 # %% ../../nbs/training/208_safeguards.ipynb #1c17160b
 def ran_out(error: BaseException) -> bool:
-    "Whether an error says that memory ran out, on a GPU or a CPU."
+    "Whether an error says that memory ran out, on a GPU or a CPU; a thread that does not start had no room for its stack."
+    if isinstance(error, RuntimeError) and any(text in str(error) for text in ("can't start new thread", "Resource temporarily unavail")):
+        return True
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or (isinstance(error, Exception) and should_reduce_batch_size(error))
 
 
