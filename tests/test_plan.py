@@ -286,7 +286,8 @@ def test_mistakes(tmp_path: Path, changes: dict[str, object], device: str | None
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU can train it")
-@pytest.mark.parametrize(("setting", "reason"), [("training.fused_loss=liger", "run on CUDA"), ("training.precision=fp16", "CPUs do not train")])
+@pytest.mark.parametrize(("setting", "reason"), [
+    ("training.fused_loss=liger", "run on CUDA"), ("training.precision=fp16", "CPUs do not train")])
 def test_what_this_machine_cannot_train_is_planned_for_another(tmp_path: Path, setting: str, reason: str) -> None:
     "The named GPU has its figures, and the machine at hand has none, but a reason."
     name, value = setting.split("=")

@@ -179,7 +179,12 @@ def clear_run(
 ) -> None:
     "Remove a run, but not the live files of one that was launched here. Raises `OSError`."
     if not launched_here(run_dir):
-        shutil.rmtree(run_dir, ignore_errors=True)
+        gone = run_dir.with_name(f".{run_dir.name}.{os.getpid()}")
+        try:
+            run_dir.rename(gone)  # all at once: a thread of the run that still writes would make what was just removed anew
+        except OSError:  # it is not there, or its place may not be written
+            gone = run_dir
+        shutil.rmtree(gone, ignore_errors=True)
         return
     for path in run_dir.iterdir():
         if path.is_dir() and not path.is_symlink() and path.name != LIVE:
@@ -187,7 +192,7 @@ def clear_run(
         elif path.name != LIVE:
             path.unlink()
 
-
+# %% ../../nbs/training/201_run_files.ipynb #5e7a90a0
 @contextmanager
 def beginning(
     run_dir: Path,  # OUTPUT_DIR.run
