@@ -10,6 +10,7 @@ __all__ = ['Table', 'RunRecord', 'last_written', 'read_run', 'run_directories', 
 # %% ../../nbs/app/547_run_records.ipynb #748d0989
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -109,10 +110,10 @@ def matches(
     run: RunRecord,
     words: str,  # with spaces between them; empty matches every run
 ) -> bool:
-    "Whether all words are found in what is known about a run."
+    "Whether all words, or their beginnings, are found in what is known about a run."
     known = [run.name, run.method, state_of(run)]
     known = [text.lower() for text in [*known, *(f"{key}={value}" for key, value in flat_settings(run.config).items())]]
-    return all(any(word in text for text in known) for word in words.lower().split())
+    return all(any(re.search(rf"(?<![^\W_]){re.escape(word)}", text) for text in known) for word in words.lower().split())
 
 # %% ../../nbs/app/547_run_records.ipynb #5ebfcca9
 def mlflow_file(

@@ -82,7 +82,8 @@ def check_rows(report: DataReport, chat: ChatFormat) -> Iterator[Finding]:
         yield Finding("warning", "Nothing is held out, so overfitting cannot be seen.", "Set data.validation_split or data.validation.")
     elif report.kind in ("preference", "labelled", "prompt"):
         if held.documents < 20:
-            yield Finding("warning", f"Only {held.documents} {UNITS[report.kind]} are held out: shares among them are mostly noise.",
+            units = UNITS[report.kind].removesuffix("s") + " is" if held.documents == 1 else UNITS[report.kind] + " are"
+            yield Finding("warning", f"Only {held.documents} {units} held out: shares among them are mostly noise.",
                           "Set data.validation_split higher.")
     elif held.supervised_tokens < 100:
         yield Finding("warning", f"Only {held.supervised_tokens} tokens are held out: their loss is mostly noise.",
