@@ -402,6 +402,7 @@ PAIR = {"prompt": "Hi", "chosen": "Hello", "rejected": "What?"}
         (sums(), {"data.streaming": True}, "streamed rows are not known"),
         (sums(), {"training.method": "kto", "data.streaming": True}, "read whole"),
         (sums(), {"training.method": "kto", "training.per_device_batch_size": 1}, "at least 2"),
+        ([PAIR], {"data.validation_split": 0, "training.fused_loss": "chunked"}, "dpo has a loss of its own"),
     ],
 )  # fmt: skip
 def test_mistakes_are_told(tmp_path: Path, rows: list[Any], changes: dict[str, object], message: str) -> None:

@@ -301,7 +301,7 @@ def fuse_loss(
     kind: type[BotTrainer],  # the trainer to come
 ) -> str:  # "none", "liger" or "chunked"
     "The loss that the recipe asks for. Raises `ConfigError` where it cannot be had."
-    own = kind.summed_loss is not BotTrainer.summed_loss
+    own = kind.summed_loss is not BotTrainer.summed_loss or kind.compute_loss is not BotTrainer.compute_loss
     loss = resolve_loss(run.config.training.fused_loss, run.device, run.config.training.method if own else "")
     if loss == "chunked":
         chunk_loss(run.model.get_base_model() if hasattr(run.model, "peft_config") else run.model)
