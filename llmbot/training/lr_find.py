@@ -237,7 +237,7 @@ def lr_find(
     if method.data_kind not in ("chat", "text", "preference"):
         raise ConfigError(f"lr_find cannot try the method '{cfg.training.method}': its loss measures each batch against answers that are "
                           "sampled or paired anew, so it does not fall as the model learns. Methods on text, conversations and pairs can.")
-    if not 0 < start < end or steps < 10:
+    if not 0 < start < end < math.inf or steps < 10:
         raise ConfigError(f"lr_find goes from a smaller to a larger rate in at least 10 steps, not from {start:g} to {end:g} in {steps}.")
     trial = replace(cfg, training=replace(cfg.training, max_steps=steps, learning_rate=start, **PLAIN))
     growing = GrowingRate(start, end, steps)
