@@ -184,7 +184,8 @@ def clear_run(
             run_dir.rename(gone)  # all at once: a thread of the run that still writes would make what was just removed anew
         except OSError:  # it is not there, or its place may not be written
             gone = run_dir
-        shutil.rmtree(gone, ignore_errors=True)
+        for _ in range(3):  # a file that was being made at that moment comes after all
+            shutil.rmtree(gone, ignore_errors=True)
         return
     for path in run_dir.iterdir():
         if path.is_dir() and not path.is_symlink() and path.name != LIVE:
