@@ -212,7 +212,7 @@ def in_both_styles(
     return [(s, q, friendly(a) if s != "talk" and rng.random() < FRIENDLY_SHARE else a) for s, q, a in rows]
 
 # %% ../../nbs/app/500_demo_data.ipynb #ca202c5f
-REPLAY = 2500  # old rows beside those of the new skill
+REPLAY = 4000  # old rows beside those of the new skill
 PAIRS = 1000  # so few that the small talk beside them is met often enough to stay as it is
 
 
