@@ -331,38 +331,83 @@ def compare(args: argparse.Namespace, folder: Path) -> None:
 
 
 def overhead(args: argparse.Namespace, folder: Path) -> None:
-    "Milliseconds from the moment that a backend has a token until a client has read it: queues, JSON and HTTP, both ways of a socket."
+    """Milliseconds from the moment that a backend has a token until a client has read it: queues, JSON and HTTP, both ways of a socket;
+    with an engine that only waits, and with the torch backend, which wants all processors. With the first also the processor's time."""
+    import psutil
+
     bot, _, vocabulary = bots(args, folder, [])
     prompt = make_plan(args, vocabulary)[0].prompt
     plan = [Ask(0, prompt, args.context - len(prompt) - 1)] * args.rounds
-    stamps = folder / "stamps.jsonl"
     found = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    with server("serving:timed", bot, args, {"PYTHONPATH": found, STAMPS: str(stamps)}) as url:
-        read = asyncio.run(drive(url, bot.name, [plan[0], *plan], 1, args.limit_s))
-        if said := [answered.said for answered in read if answered.status != 200]:
-            raise RuntimeError(f"not all was answered: {said[0]}")
-        made = [json.loads(line) for line in stamps.read_text().splitlines()]
-    made, read = made[1:], read[1:]  # the first builds what is built once
-    late = [1000 * (b - a) for had, got in zip(made, read, strict=True) for a, b in zip(had, got.tokens, strict=True)]
-    print(f"{args.preset}: {len(late)} tokens, each with the client {statistics.median(late):.3f} ms after the backend had it "
-          f"(median; {percentile(late, 0.99):.3f} ms at the 99th percentile)")
+    for engine in ("waits", "torch"):
+        stamps = folder / f"{engine}.jsonl"
+        with server(f"serving:{engine}_timed", bot, args, {"PYTHONPATH": found, STAMPS: str(stamps)}) as url:
+            [process] = psutil.Process().children()
+            first = asyncio.run(drive(url, bot.name, plan[:1], 1, args.limit_s))  # builds what is built once
+            before = process.cpu_times()
+            read = asyncio.run(drive(url, bot.name, plan, 1, args.limit_s))
+            after = process.cpu_times()
+            if said := [answered.said for answered in first + read if answered.status != 200]:
+                raise RuntimeError(f"not all was answered: {said[0]}")
+        made = [json.loads(line) for line in stamps.read_text().splitlines()][1:]
+        late = [1000 * (b - a) for had, got in zip(made, read, strict=True) for a, b in zip(had, got.tokens, strict=True)]
+        used = 1000 * (after.user + after.system - before.user - before.system) / len(late)
+        cost = f", for {used:.3f} ms of the processor" if engine == "waits" else ""
+        print(f"{engine:6} {len(late)} tokens, each with the client {statistics.median(late):.3f} ms after the backend had it "
+              f"(median; {percentile(late, 0.99):.3f} ms at the 99th percentile){cost}")
 
 
-def timed(bot_ref: str, cfg: Any) -> Any:
-    "A factory for `serving.backend`: the torch backend, which writes down when it had each piece of text."
+def noting(chunks: Any) -> Any:
+    "The same chunks; when each piece of text was there is written down."
+
+    async def noted() -> Any:
+        had = []
+        async for chunk in chunks:
+            had += [time.perf_counter()] if chunk.text else []
+            if chunk.finish_reason:
+                with Path(os.environ[STAMPS]).open("a") as file:
+                    print(json.dumps(had), file=file)
+            yield chunk
+
+    return noted()
+
+
+def torch_timed(bot_ref: str, cfg: Any) -> Any:
+    "A factory for `serving.backend`: the torch backend."
     from llmbot.serving.torch_backend import TorchBackend
 
     class Timed(TorchBackend):
-        async def generate(self, request: Any) -> Any:
-            had = []
-            async for chunk in super().generate(request):
-                had += [time.perf_counter()] if chunk.text else []
-                if chunk.finish_reason:
-                    with Path(os.environ[STAMPS]).open("a") as file:
-                        print(json.dumps(had), file=file)
-                yield chunk
+        def generate(self, request: Any) -> Any:
+            return noting(super().generate(request))
 
     return Timed(bot_ref, cfg)
+
+
+def waits_timed(bot_ref: str, cfg: Any) -> Any:
+    "A factory for `serving.backend`: a thread has a token each millisecond, as an engine on a device of its own would."
+    import threading
+
+    from llmbot.serving.batch_worker import Mailbox
+    from llmbot.serving.sampling_params import Chunk
+    from llmbot.serving.torch_backend import TorchBackend
+
+    class Waits(TorchBackend):
+        def generate(self, request: Any) -> Any:
+            return noting(self._words(request))
+
+        async def _words(self, request: Any) -> Any:
+            box, most, prompt = Mailbox(), request.params.max_new_tokens, len(request.prompt_ids)
+
+            def engine() -> None:
+                for at in range(1, most + 1):
+                    time.sleep(0.001)
+                    Mailbox.send([(box, Chunk(" word", (300,), "length" if at == most else None, prompt, at))])
+
+            threading.Thread(target=engine, daemon=True).start()
+            for _ in range(most):
+                yield await box.get()
+
+    return Waits(bot_ref, cfg)
 
 
 def overload(args: argparse.Namespace, folder: Path) -> None:

@@ -22,6 +22,7 @@ from llmbot.serving.backends import EngineDeadError, create_backend
 from llmbot.serving.batcher import Batcher, Task
 from llmbot.serving.decoding import decode_steps, new_sampler
 from llmbot.serving.kv_blocks import BLOCK, SharedBlocks, blocks_for
+from llmbot.serving.packed_weights import PackedLinear, packable
 from llmbot.serving.paged_cache import PagedCache, cache_shape
 from llmbot.serving.sampling_params import Chunk, Constraint, GenerationRequest, RequestError, SamplingParams
 from llmbot.serving.torch_backend import TorchBackend
@@ -212,6 +213,35 @@ def test_one_at_a_time_gives_the_same_answers(bot: LoadedBot) -> None:
         await backend.start()
         answers = await asyncio.gather(*(read(backend, (10, 11 + k)) for k in range(3)))
         assert [ids_of(a) for a in answers] == [alone(bot, (10, 11 + k), 20, None) for k in range(3)]
+        await backend.stop()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("batching", [True, False])
+def test_packed_weights_give_the_same_answers(tmp_path: Path, batching: bool) -> None:
+    "A bot wide enough to be packed, alone, in a crowd and with an adapter, against transformers and PEFT with weights as they are."
+    path = make_bot(tmp_path, "wide", seed=5, hidden_size=512, intermediate_size=512, num_hidden_layers=2)
+    place = make_adapter(path, tmp_path / "adapter", 3)
+    prompts = [tuple((13 * k + i) % 300 + 10 for i in range(3 + 11 * k)) for k in range(5)]
+    plain, own = load_bot(path, device="cpu"), load_bot(place, device="cpu")
+    requests = [GenerationRequest(ids, SamplingParams(temperature=0, max_new_tokens=20), "r") for ids in prompts]
+    expected, adapted = ([ids_of(list(decode_steps(b.model, request, b.chat))) for request in requests] for b in (plain, own))
+    assert expected != adapted
+    out = plain.model.generate(torch.tensor([prompts[3]]), max_new_tokens=20, do_sample=False)
+    assert out[0, len(prompts[3]) :].tolist() == expected[3]
+
+    async def main() -> None:
+        backend = backend_of(path, batching=batching)
+        await backend.start()
+        packed = [layer for layer in backend._bot.model.modules() if isinstance(layer, PackedLinear)]
+        assert len(packed) == (2 * 7 + 1) * packable(torch.float32)
+        names: list[str | None] = [None, "adapter"] if batching else [None]
+        if batching:
+            await backend.load_adapter("adapter", str(place))
+        answers = await asyncio.gather(*(read(backend, ids, name) for name in names for ids in prompts))
+        assert [ids_of(a) for a in answers] == expected + (adapted if batching else [])
+        assert ids_of(await read(backend, prompts[0])) == expected[0]
         await backend.stop()
 
     asyncio.run(main())

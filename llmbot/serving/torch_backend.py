@@ -23,9 +23,9 @@ from .decoding import new_sampler
 from .engine_settings import TorchSettings
 from .kv_blocks import BLOCK, SharedBlocks
 from .own_thread import in_own_thread
+from .packed_weights import pack_weights
 from .paged_cache import PagedCache, cache_shape, check_paging, compile_step, default_kv_tokens, share_heads, unpageable
 from .sampling_params import Chunk, GenerationRequest, SamplingParams
-from .weight_layout import turn_weights
 
 # %% ../../nbs/serving/330_torch_backend.ipynb #7dbc7b86
 def compile_batcher(batcher: Batcher, chat: ChatFormat) -> None:
@@ -58,10 +58,11 @@ def new_runner(
     "The batcher of a bot, its model checked; or, where batching is switched off, the runner of single answers."
     if settings.compile and not settings.batching:
         raise ServingError(f"engine.compile is for models whose answers run as one batch: {unpageable(bot.config, 'sdpa')}")
+    if not settings.compile:  # which takes no packed weights
+        pack_weights(bot.model)
     if not settings.batching:
         return SoloRunner(bot.model)
     share_heads(bot.model)
-    turn_weights(bot.model)
     switch = AdapterSwitch(bot)
     shape = cache_shape(switch.model)
     tokens = settings.kv_cache_tokens or default_kv_tokens(shape, context_length(bot.config), answers)
