@@ -182,7 +182,7 @@ def check_context(
                        f"leave out at least {1 - room} of its tokens")
             raise RequestError(message, param="prompt", code="context_length_exceeded")
         message = (f"{long} and max_new_tokens is {new}, which is more than the context of {context_length}; "
-                   f"ask for at most {room} new tokens")
+                   f"ask for at most {room} new token{'s' * (room > 1)}")
         raise RequestError(message, param="max_new_tokens", code="context_length_exceeded")
 
 # %% ../../nbs/serving/304_backends.ipynb #050e4e78

@@ -234,6 +234,9 @@ class ChatCompletionRequest(ToolFields, OpenAIFields):
         if self.add_generation_prompt is not None and self.add_generation_prompt == bool(self.continue_final_message):
             message = "add_generation_prompt must be the opposite of continue_final_message; leave it out"
             raise RequestError(message, param="add_generation_prompt", code="invalid_value")
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+            message = f"max_completion_tokens is {self.max_completion_tokens} and max_tokens {self.max_tokens}, its older name: give one"
+            raise RequestError(message, param="max_completion_tokens", code="invalid_value")
         return self
 
     def engine_params(self) -> dict[str, Any]:
