@@ -8,6 +8,9 @@ import multiprocessing.forkserver
 import os
 import re
 import signal
+import subprocess
+import sys
+import threading
 import weakref
 from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import aclosing
@@ -426,6 +429,22 @@ def test_the_merged_bot_gives_the_same_and_a_dead_engine_an_error(folder: Path) 
 def test_a_start_that_fails_says_why_in_one_error(folder: Path, engine: dict[str, Any], message: str) -> None:
     with pytest.raises((ServingError, ConfigError), match=message):
         asyncio.run(VllmBackend(str(folder / "base"), settings(**engine)).start())
+
+
+def test_what_vllm_logs_is_not_in_what_a_command_prints(folder: Path) -> None:
+    command = [sys.executable, "-m", "llmbot.app.cli", "serve", str(folder / "base"), "--json", "--port", "0", "serving.backend=vllm",
+               "model.dtype=float32", *(f"engine.{name}={json.dumps(value)}" for name, value in ENGINE.items())]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    watchdog = threading.Timer(300, server.kill)
+    watchdog.start()
+    assert server.stdout is not None
+    first = server.stdout.readline()
+    server.terminate()
+    rest, logged = server.communicate(timeout=60)
+    watchdog.cancel()
+    assert "WARNING" in logged
+    assert list(json.loads(first)) == ["url", "models"]
+    assert not rest
 
 
 def test_a_head_that_the_cpu_kernels_lack_is_refused_before_the_start(tmp_path: Path) -> None:

@@ -51,6 +51,12 @@ def _packed(layer: torch.nn.Linear, keep: bool) -> PackedLinear:
     return packed.train(layer.training)
 
 
+def _leave_the_file(model: torch.nn.Module) -> None:
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.layout == torch.strided:
+            tensor.data = tensor.detach().clone()
+
+
 @torch.no_grad()
 def pack_weights(
     model: torch.nn.Module,
@@ -67,4 +73,6 @@ def pack_weights(
             if weight.device.type == "cpu" and weight.is_contiguous() and weight.numel() >= SMALLEST and packable(weight.dtype):
                 setattr(parent, name, _packed(layer, weight is shared))
                 replaced += 1
+    if replaced:
+        _leave_the_file(model)
     return replaced

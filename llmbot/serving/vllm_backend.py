@@ -263,6 +263,7 @@ class EnginePlan:
     def start(self, stats: EngineStats) -> "AsyncLLM":
         "Start vLLM; takes up to minutes. Raises `ServingError`, and `ConfigError` for a setting that cannot be."
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # it would report to its makers
+        os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # what a command prints is for whoever reads it
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
         from vllm.platforms import current_platform
