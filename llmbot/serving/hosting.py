@@ -78,7 +78,8 @@ class HostedBot:
         state = "loaded" if backend is not None else "unloaded" if self.adapter and engine.backend is not None else engine.state
         said: dict[str, Any] = {"loaded": backend is not None, "state": state, "running": len(self.users)}
         said["context_length"] = backend.context_length if backend is not None else None
-        said |= {"adapter_of": engine.name} if self.adapter else {"memory_gb": round(engine.memory / 1e9, 6), "restarts": engine.restarts}
+        counted = round(engine.memory / 1e9, 6) if engine.memory else None  # while there is a memory budget
+        said |= {"adapter_of": engine.name} if self.adapter else {"memory_gb": counted, "restarts": engine.restarts}
         return {**said, "reason": engine.reason} if engine.reason else said
 
 # %% ../../nbs/serving/355_hosting.ipynb #268763ed
