@@ -68,13 +68,13 @@ def resumed(run: LiveRun) -> str:
 def stopped(run: LiveRun) -> str:
     "End it, with a checkpoint."
     run.stop()
-    return "The run ends after this step, with a checkpoint."
+    return "The run was told to end after its step, with a checkpoint."
 
 
 def finished(run: LiveRun) -> str:
     "End it, with its bot."
     run.finish()
-    return "The run ends after this step, and its bot is written."
+    return "The run was told to end after its step, and to write its bot."
 
 
 def changed_rate(run: LiveRun, text: str) -> str:
