@@ -21,11 +21,31 @@ def roundly(
 class PackedLinear(torch.nn.Linear):
     "A linear layer that oneDNN computes. Without gradients."
 
+    def __init__(
+        self,
+        layer: torch.nn.Linear,  # whose place it takes
+        shared: bool = False,  # the weight is used elsewhere, too, and stays as it is
+    ) -> None:
+        torch.nn.Module.__init__(self)  # `nn.Linear` would allocate a weight
+        self.in_features, self.out_features, self.bias = layer.in_features, layer.out_features, layer.bias
+        self.packed = layer.weight if shared else self._pack(layer.weight.detach())
+        self.train(layer.training)
+
+    @staticmethod
+    def _pack(weight: torch.Tensor) -> torch.nn.Parameter:
+        rows = 32  # for so many the blocks are chosen; others are computed with the same
+        return torch.nn.Parameter(torch.ops.mkldnn._reorder_linear_weight(weight, rows), requires_grad=False)
+
+    @property
+    def weight(self) -> torch.Tensor:  # type: ignore[override]
+        "The weight (out_features, in_features), unpacked each time that it is asked for: a few kinds of adapters compute with it."
+        return self.packed if self.packed.layout == torch.strided else self.packed.to_dense()
+
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         "Shapes (..., in_features) to (..., out_features)."
         rows = input.numel() // self.in_features
         filled = pad(input.reshape(rows, self.in_features), (0, 0, 0, roundly(rows) - rows))
-        found: torch.Tensor = torch.ops.mkldnn._linear_pointwise(filled, self.weight, self.bias, "none", [], "")
+        found: torch.Tensor = torch.ops.mkldnn._linear_pointwise(filled, self.packed, self.bias, "none", [], "")
         return found[:rows].view(*input.shape[:-1], self.out_features)
 
 
@@ -41,14 +61,6 @@ def packable(
 
 # %% ../../nbs/serving/319_packed_weights.ipynb #7fd0dec1
 SMALLEST = 2**17  # numbers in a weight
-
-
-def _packed(layer: torch.nn.Linear, keep: bool) -> PackedLinear:
-    weight, rows = layer.weight.detach(), 32  # for so many rows the blocks are chosen; others are computed with the same
-    packed = PackedLinear(layer.in_features, layer.out_features, bias=False, device="meta")
-    packed.weight = layer.weight if keep else torch.nn.Parameter(torch.ops.mkldnn._reorder_linear_weight(weight, rows), requires_grad=False)
-    packed.bias = layer.bias
-    return packed.train(layer.training)
 
 
 def _leave_the_file(model: torch.nn.Module) -> None:
@@ -71,7 +83,7 @@ def pack_weights(
                 continue
             weight = layer.weight
             if weight.device.type == "cpu" and weight.is_contiguous() and weight.numel() >= SMALLEST and packable(weight.dtype):
-                setattr(parent, name, _packed(layer, weight is shared))
+                setattr(parent, name, PackedLinear(layer, weight is shared))
                 replaced += 1
     if replaced:
         _leave_the_file(model)
