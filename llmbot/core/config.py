@@ -301,6 +301,10 @@ def missing_for(
                        "a new model with 'preset' or 'depth'")
     elif job == "train" and not model.base and trains_adapter(cfg):
         yield Conflict(("model.base",), "an adapter is trained on a bot that stays as it is: name it")
+    of, name, given = ("method", cfg.training.method, cfg.method) if job == "train" else ("engine", cfg.serving.backend, cfg.engine)
+    for key, field in getattr(OWN_SETTINGS[of].find(name), "__pydantic_fields__", {}).items():
+        if field.is_required() and key not in given:
+            yield Conflict((f"{of}.{key}",), f"'{name}' cannot do without it. {field.description}")
 
 # %% ../../nbs/core/006_config.ipynb #8bfd6d20
 def check_config(

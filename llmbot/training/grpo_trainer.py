@@ -52,7 +52,8 @@ def grpo_conflicts(settings: "GRPOSettings") -> Iterator[Conflict]:
 @dataclass(kw_only=True, config=STRICT)
 class GRPOSettings:
     "What is sampled, how it is judged, and how far one step may go."
-    reward: Names = Field(min_length=1, description="Reward functions, as MODULE:FUNCTION; several are added up")
+    reward: Names = Field(min_length=1, description="Reward functions, as MODULE:FUNCTION; several are added up",
+                          json_schema_extra={"expected": "a reward as MODULE:FUNCTION, or a list of them"})
     reward_weights: list[float] = Field(default_factory=list, description="Weight of each reward in the sum; unset: 1 each")
     num_generations: int = Field(default=8, ge=2, description="Answers to each prompt, which are compared with each other (8: TRL)")
     max_new_tokens: Size = Field(default=256, description="Tokens of an answer, at most; a longer one is cut off")
