@@ -82,6 +82,7 @@ class Graph:
         options = runtime.SessionOptions()
         options.intra_op_num_threads = threads or decoder["session_options"].get("intra_op_num_threads", 1)
         options.log_severity_level = 4  # what fails is raised
+        options.add_session_config_entry("session.force_spinning_stop", "1")  # between two passes the cores are the server's
         self.session: Any = runtime.InferenceSession(str(Path(directory, decoder["filename"])), options, providers=["CPUExecutionProvider"])
         inputs, outputs, layers = decoder["inputs"], decoder["outputs"], range(decoder["num_hidden_layers"])
         self.caches = {inputs[f"past_{kind}_names"] % i: outputs[f"present_{kind}_names"] % i for i in layers for kind in ("key", "value")}
