@@ -37,16 +37,17 @@ class LaneMemory(Places):
         self,
         pools: Sequence[torch.Tensor],  # keys and values of all layers, each (tokens, heads, size), in blocks
         most: int,  # tokens in all lanes together
+        dtype: torch.dtype | None = None,  # of the lanes; None: that of the pools
     ) -> None:
         super().__init__()
         self._pools, self._most, self._room = pools, most, 0
-        self.memory = [pool.new_empty(most, *pool.shape[1:]) for pool in pools]
+        self.memory = [pool.new_empty(most, *pool.shape[1:], dtype=dtype) for pool in pools]
 
     def _copy(self, rows: torch.Tensor, tables: torch.Tensor, width: int) -> None:
         for pool, memory in zip(self._pools, self.memory, strict=True):
             lanes = self._lanes(memory)
             blocks = pool.view(-1, BLOCK, *pool.shape[1:]).index_select(0, tables.flatten())
-            lanes[:, :width].index_copy_(0, rows, blocks.view(len(rows), width, *pool.shape[1:]))
+            lanes[:, :width].index_copy_(0, rows, blocks.view(len(rows), width, *pool.shape[1:]).to(memory.dtype))
             lanes[:, width:].index_fill_(0, rows, 0)
 
     def _lanes(self, memory: torch.Tensor) -> torch.Tensor:  # (rows, room, heads, size)
@@ -85,5 +86,5 @@ class Lanes(LaneMemory):
     ) -> torch.Tensor:  # (rows, width, heads, size): a view
         "Add one token to each row; return the rows."
         lanes = self._lanes(self.memory[at])[: len(new)]
-        lanes[torch.arange(len(new), device=new.device), positions] = new
+        lanes[torch.arange(len(new), device=new.device), positions] = new.to(lanes.dtype)
         return lanes[:, :width]
