@@ -611,6 +611,14 @@ print("stopped", flush=True)
 """
 
 
+def test_a_server_that_says_that_it_is_ready_can_be_stopped_in_order(bots: list[str]) -> None:
+    "The signal comes at the very moment: what it runs, such as an engine in a process of its own, must not stay behind."
+    hasty = SERVE.replace("print(url, flush=True)", "os.kill(os.getpid(), signal.SIGTERM)").replace("import sys", "import os, signal, sys")
+    done = subprocess.run([sys.executable, "-c", hasty, str(Path(__file__).parent), bots[0]], capture_output=True, text=True, timeout=120)
+    assert "Application shutdown complete" in done.stderr, done.stderr
+    assert done.returncode == -signal.SIGTERM
+
+
 @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
 def test_signals_let_running_answers_end(bots: list[str], sign: signal.Signals) -> None:
     slow = SERVE.replace("tiny_bots.GatedBackend.gate.set()", "").replace("import tiny_bots", SLOW_GATE)

@@ -177,18 +177,18 @@ def _server_of(app: FastAPI, around: Around | None, grace_s: float | None, own_l
 
 def serve(
     cfg: Config | LiveConfig,
-    on_ready: Callable[[str], None] | None = None,  # called with the URL once the default bot is loaded
+    on_ready: Callable[[str], None] | None = None,  # called with the URL once the default bot is loaded and signals end the server in order
     around: Around | None = None,  # pages in the same process
 ) -> None:
     "Run the API until SIGTERM or Ctrl-C. Raises `LLMBotError` when it cannot start."
     app = create_app(cfg)
     sock, url = listen(app.state.server.bots.serving)
     server = _server_of(app, around, None, own_log=True)
+    if on_ready:
+        server.on_started = lambda: on_ready(url)
 
     async def main() -> None:
         await _prepare(app)  # here, where its error is ours and not a line in uvicorn's log
-        if on_ready:
-            on_ready(url)
         await server.serve([sock])
 
     with sock, contextlib.suppress(KeyboardInterrupt):

@@ -23,6 +23,13 @@ class DrainingServer(uvicorn.Server):
     ) -> None:
         super().__init__(config)
         self._drain = drain
+        self.on_started: Callable[[], None] | None = None  # called once it answers; signals are handled from before then
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        "What uvicorn calls to begin."
+        await super().startup(sockets)
+        if self.on_started is not None:
+            self.on_started()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         "What uvicorn calls when it was told to stop."
